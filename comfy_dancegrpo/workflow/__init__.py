@@ -1,0 +1,1 @@
+"""Saved JSON -> graph -> execution."""

@@ -1,0 +1,77 @@
+"""What the engine asks of wherever it runs (headless, the bundled editor, ComfyUI): progress, previews, interrupt, paths.
+
+One host is active per process. The library and the nodes call `host()`; a program sets its own with `use(host)`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+
+class Host:
+    """A silent host with folders under the working directory; programs subclass it.
+
+    `registry` maps a node's class type to its class, as ComfyUI's NODE_CLASS_MAPPINGS does.
+    """
+
+    def __init__(self, registry: dict[str, type] | None = None, output: Path | str = "output", input: Path | str = "input",
+                 models: Path | str = "models", extra_model_folders: dict[str, list[Path]] | None = None):
+        self.registry = dict(registry or {})
+        self.output_folder = Path(output)
+        self.input_folder = Path(input)
+        self.models_folder = Path(models)
+        self.extra_model_folders = dict(extra_model_folders or {})
+
+    def model_folders(self, kind: str) -> list[Path]:
+        """The folders searched for models of a kind ("diffusers", "checkpoints", "reward_models", "loras"), best first."""
+        return [self.models_folder / kind, *self.extra_model_folders.get(kind, [])]
+
+    def find_model(self, kind: str, name: str) -> Path | None:
+        """The first existing file or folder `name` of a kind, or None; a name that leaves its folder is never found."""
+        for folder in self.model_folders(kind):
+            path = folder / name
+            if path.exists() and path.resolve().is_relative_to(folder.resolve()):
+                return path
+        return None
+
+    def list_models(self, kind: str) -> list[str]:
+        """Names of files and folders directly under a kind's folders, sorted."""
+        names = {p.name for folder in self.model_folders(kind) if folder.is_dir() for p in folder.iterdir()}
+        return sorted(n for n in names if not n.startswith("."))
+
+    # -- told by the engine, in order, from the thread that executes ------------------------------------------------
+    def node_started(self, node_id: str, class_type: str, title: str) -> None:
+        """A node begins to execute; the ids of nodes inside a loop are those of the saved workflow."""
+
+    def node_output(self, node_id: str, ui: dict[str, Any]) -> None:
+        """An output node's `ui` value (saved or preview images, text); inside a loop, once an iteration."""
+
+    def progress(self, value: float, total: float, text: str = "") -> None:
+        """How far the running node has come; `text` is one short line (the reward moving)."""
+
+    def say(self, line: str) -> None:
+        """One line that the user should read (resumed from…, a warning)."""
+
+    def check_interrupt(self) -> None:
+        """Raises `errors.Interrupted` when the user asked to stop; called once a micro-batch."""
+
+
+_active: list[Host] = [Host()]
+
+
+def host() -> Host:
+    """The active host."""
+    return _active[-1]
+
+
+@contextlib.contextmanager
+def use(active: Host) -> Iterator[Host]:
+    """Makes `active` the process's host while the block runs."""
+    _active.append(active)
+    try:
+        yield active
+    finally:
+        _active.remove(active)
