@@ -5,6 +5,14 @@ class DanceGRPOError(Exception):
     """Base of all; `exit_status` is what `dancegrpo` exits with."""
 
     exit_status = 3
+    labelled = False
+
+    def at(self, label: str) -> "DanceGRPOError":
+        """Puts in front which node it happened in (`node 12 "Title"`), unless a label is there already; returns itself."""
+        if not self.labelled and not str(self).startswith(label.partition('"')[0]):
+            self.args = ("\n".join(f"{label}: {line}" for line in str(self).splitlines()),)
+        self.labelled = True
+        return self
 
 
 class WorkflowError(DanceGRPOError):
@@ -17,7 +25,10 @@ class WorkflowError(DanceGRPOError):
 
     def __init__(self, *problems: str):
         super().__init__("\n".join(problems))
-        self.problems = list(problems)
+
+    @property
+    def problems(self) -> list[str]:
+        return str(self).splitlines()
 
 
 class RunError(DanceGRPOError):

@@ -56,7 +56,14 @@ class Host:
         """One line that the user should read (resumed from…, a warning)."""
 
     def check_interrupt(self) -> None:
-        """Raises `errors.Interrupted` when the user asked to stop; called once a micro-batch."""
+        """Raises `errors.Interrupted` when the user asked to stop; called once a micro-batch, and before every node."""
+
+    def run_started(self, folder: Path) -> None:
+        """A run writes to `folder` from now on; what stops the program later can say how to resume it."""
+
+    def around(self, node_class: type) -> contextlib.AbstractContextManager:
+        """What a node of this class is called under: classes that ComfyUI lends expect `torch.inference_mode()`."""
+        return contextlib.nullcontext()
 
 
 _active: list[Host] = [Host()]
