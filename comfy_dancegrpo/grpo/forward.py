@@ -1,0 +1,34 @@
+"""The one forward function: rollout and replay both call the denoiser here, in the run's one batch shape."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from .protocol import CallCount, Conditioning, Denoiser, SamplingPlan
+from .transitions import TRANSITIONS, Gaussian
+
+
+def micro_batches(count: int, size: int) -> Iterator[tuple[Tensor, int]]:
+    """Row indices in parts of exactly `size`, the last padded by repeating its last row: (index [size] int64, real rows)."""
+    for start in range(0, count, size):
+        real = min(size, count - start)
+        yield torch.arange(start, start + size).clamp(max=start + real - 1), real
+
+
+def step(policy: Denoiser, x: Tensor, index: Tensor, conditioning: Conditioning, plan: SamplingPlan,
+         calls: CallCount, real: int) -> Gaussian:
+    """One transition of each row from its own step of the plan.
+
+    Args:
+        x: [B, ...] latents. index: [B] int64, the step (0..T-1) of each row. conditioning: B rows.
+        calls: counts this call. real: how many of the rows are not padding.
+    """
+    transition = TRANSITIONS[plan.transition]
+    shape = (-1,) + (1,) * (x.ndim - 1)
+    level, level_next = plan.grid.levels[index].view(shape), plan.grid.levels[index + 1].view(shape)
+    output = policy.predict(x, plan.grid.timesteps[index], conditioning, plan.guidance_scale)
+    calls.add(len(x), real, backward=torch.is_grad_enabled())
+    return transition.step(x, output, level, level_next, plan.eta)

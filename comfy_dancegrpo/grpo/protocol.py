@@ -1,0 +1,130 @@
+"""What the algorithm asks of a policy, and the values that pass between its parts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """Encoded prompts: each tensor is [P, ...], one row a prompt."""
+
+    tensors: dict[str, Tensor]
+
+    def rows(self, index: Tensor) -> Conditioning:
+        """The rows of `index` [B] int64, in that order."""
+        return Conditioning({name: value[index] for name, value in self.tensors.items()})
+
+
+@dataclass(frozen=True)
+class TimeGrid:
+    """The noise levels of a sampling run.
+
+    levels: [T + 1] float; for flows sigma from 1 to 0, for diffusion the cumulative product alpha_bar from noise to 1.
+    timesteps: [T] float, what the denoiser is told at each level but the last.
+    """
+
+    levels: Tensor
+    timesteps: Tensor
+
+    @property
+    def steps(self) -> int:
+        return len(self.timesteps)
+
+
+class Denoiser(Protocol):
+    """A model family as the algorithm sees it."""
+
+    process: str
+    """"flow" (predict gives the velocity noise - data) or "diffusion" (predict gives epsilon)."""
+
+    def predict(self, latents: Tensor, timesteps: Tensor, conditioning: Conditioning, guidance_scale: float) -> Tensor:
+        """One denoiser call. latents [B, ...] float32, timesteps [B], conditioning with B rows; returns [B, ...] float32."""
+
+    def decode(self, latents: Tensor, height: int, width: int) -> Tensor:
+        """Pictures [B, H, W, 3] float32 in 0..1 from latents [B, ...]."""
+
+
+@dataclass
+class CallCount:
+    """Denoiser calls in samples: `forward` without and `backward` with gradient; `padded` of them were padding."""
+
+    forward: int = 0
+    backward: int = 0
+    padded: int = 0
+
+    def add(self, samples: int, real: int, backward: bool) -> None:
+        if backward:
+            self.backward += samples
+        else:
+            self.forward += samples
+        self.padded += samples - real
+
+
+@dataclass(frozen=True)
+class SamplingPlan:
+    """How trajectories are sampled, and replayed alike."""
+
+    grid: TimeGrid
+    transition: str = "dance_sde"
+    eta: float = 0.3
+    guidance_scale: float = 3.5
+    height: int = 512
+    width: int = 512
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One iteration's samples, N of them in P groups.
+
+    prompts: N texts. groups: [N] int64, the group (prompt slot) of each sample. indices: [N] int64, its place in the group.
+    conditioning: P rows. states: [N, T, ...] float32, the latents before each step. log_probs: [N, T - 1] float32, of the
+    transitions that may be trained (all but the last). pictures: [N, H, W, 3] float32, 0..1, on the CPU.
+    version: of the policy that it was sampled from. iteration: from 0.
+    """
+
+    prompts: tuple[str, ...]
+    groups: Tensor
+    indices: Tensor
+    conditioning: Conditioning
+    plan: SamplingPlan
+    states: Tensor
+    log_probs: Tensor
+    pictures: Tensor
+    version: tuple[str, int]
+    seed: int
+    iteration: int
+    micro_batch: int
+    calls: CallCount = field(compare=False)
+    seconds: dict[str, float] = field(default_factory=dict, compare=False)
+
+    @property
+    def size(self) -> int:
+        return len(self.prompts)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """The scores of a rollout by reward: each (name, weight, values [N] float32)."""
+
+    rollout: Rollout
+    columns: tuple[tuple[str, float, Tensor], ...]
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Advantages:
+    """values: [N] float32. flat: [P] bool, the groups without spread, which train nothing. group_std: of the first reward."""
+
+    scores: Scores
+    values: Tensor
+    flat: Tensor
+    group_std: float
+
+
+def at_least_float32(tensor: Tensor) -> Tensor:
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
