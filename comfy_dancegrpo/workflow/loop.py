@@ -71,12 +71,28 @@ def find_body(prompt: Prompt, loop_end_id: str, registry: Mapping[str, type]) ->
     inside = descendants(prompt, [start_id], stop=lambda node_id: node_id == loop_end_id)
     inside = [node_id for node_id in inside if node_id != loop_end_id]
     _refuse_other_loops(prompt, loop_end_id, inside, registry)
-    nodes = {node_id: _plain(prompt[node_id]) for node_id in prompt if node_id == start_id or node_id in set(inside)}
+    nodes = {node_id: _plain(prompt[node_id]) for node_id in prompt if node_id in {start_id, *inside}}
     spec = NodeSpec(registry[prompt[loop_end_id]["class_type"]])
     results = {name: [source, slot] for name, source, slot in links(prompt[loop_end_id]) if spec.is_raw(name)}
     named = [*((source, slot) for node in nodes.values() for _, source, slot in links(node)), *map(tuple, results.values())]
-    outside = [list(link) for link in dict.fromkeys(named) if link[0] not in nodes]
+    outside = sorted(list(link) for link in set(named) if link[0] not in nodes)
     return LoopBody(start_id, loop_end_id, nodes, outside, results)
+
+
+def check_loops(prompt: Prompt, registry: Mapping[str, type]) -> None:
+    """Checks every loop of a valid prompt. Raises WorkflowError, one line for each loop that is not one."""
+    problems: dict[str, None] = {}
+    closed = set()
+    for node_id in (n for n in prompt if _is(prompt, n, registry, "LOOP_END")):
+        try:
+            closed.add(find_body(prompt, node_id, registry).start_id)
+        except WorkflowError as error:
+            problems.update(dict.fromkeys(error.problems))
+    opened = [n for n in prompt if _is(prompt, n, registry, "LOOP_START") and n not in closed]
+    if not problems:
+        problems.update((f"{label(prompt, n)}: no Loop End closes this loop", None) for n in opened)
+    if problems:
+        raise WorkflowError(*problems)
 
 
 def _find_start(prompt: Prompt, end_id: str, registry: Mapping[str, type]) -> str:
