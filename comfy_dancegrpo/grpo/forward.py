@@ -29,6 +29,6 @@ def step(policy: Denoiser, x: Tensor, index: Tensor, conditioning: Conditioning,
     transition = TRANSITIONS[plan.transition]
     shape = (-1,) + (1,) * (x.ndim - 1)
     level, level_next = plan.grid.levels[index].view(shape), plan.grid.levels[index + 1].view(shape)
-    output = policy.predict(x, plan.grid.timesteps[index], conditioning, plan.guidance_scale)
+    output = policy.predict(x, plan.grid.timesteps[index], conditioning, plan)
     calls.add(len(x), real, backward=torch.is_grad_enabled())
     return transition.step(x, output, level, level_next, plan.eta)

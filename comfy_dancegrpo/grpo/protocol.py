@@ -42,11 +42,11 @@ class Denoiser(Protocol):
     process: str
     """"flow" (predict gives the velocity noise - data) or "diffusion" (predict gives epsilon)."""
 
-    def predict(self, latents: Tensor, timesteps: Tensor, conditioning: Conditioning, guidance_scale: float) -> Tensor:
+    def predict(self, latents: Tensor, timesteps: Tensor, conditioning: Conditioning, plan: SamplingPlan) -> Tensor:
         """One denoiser call. latents [B, ...] float32, timesteps [B], conditioning with B rows; returns [B, ...] float32."""
 
-    def decode(self, latents: Tensor, height: int, width: int) -> Tensor:
-        """Pictures [B, H, W, 3] float32 in 0..1 from latents [B, ...]."""
+    def decode(self, latents: Tensor, plan: SamplingPlan) -> Tensor:
+        """Pictures [B, plan.height, plan.width, 3] float32 in 0..1 from latents [B, ...]."""
 
 
 @dataclass

@@ -1,0 +1,82 @@
+"""The policy in training: its trainable parameters, optimizer and moving average."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .protocol import Denoiser
+
+
+@dataclass(frozen=True)
+class OptimizerSettings:
+    """AdamW (arXiv 1711.05101). ema_decay: of the parameters' moving average, once an optimizer step; 0 turns it off."""
+
+    learning_rate: float = 3e-4
+    weight_decay: float = 1e-4
+    betas: tuple[float, float] = (0.9, 0.999)
+    ema_decay: float = 0.0
+
+
+class Learner:
+    """Holds the live policy. `version` (run, count of iterations trained) tells which rollouts are its own."""
+
+    def __init__(self, policy: Denoiser, parameters: dict[str, torch.nn.Parameter], settings: OptimizerSettings, run: str):
+        if not parameters:
+            raise ValueError("there is nothing to train: no parameter was given")
+        self.policy, self.parameters, self.settings = policy, parameters, settings
+        self.version = (run, 0)
+        self.optimizer = torch.optim.AdamW(parameters.values(), lr=settings.learning_rate, betas=settings.betas,
+                                           weight_decay=settings.weight_decay)
+        self.ema = {name: p.detach().clone() for name, p in parameters.items()} if settings.ema_decay else None
+
+    def clip_grad_norm(self, limit: float) -> float:
+        """Scales the gradient to at most `limit` in norm; returns the norm before."""
+        return torch.nn.utils.clip_grad_norm_(self.parameters.values(), limit).item()
+
+    def zero_grad(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+
+    @torch.no_grad()
+    def optimizer_step(self) -> None:
+        self.optimizer.step()
+        self.zero_grad()
+        if self.ema is not None:
+            for name, p in self.parameters.items():
+                self.ema[name].lerp_(p, 1 - self.settings.ema_decay)
+
+    def finish_iteration(self) -> None:
+        """The policy has moved on: rollouts sampled before are stale from now on."""
+        self.version = (self.version[0], self.version[1] + 1)
+
+    def weights(self, averaged: bool = True) -> dict[str, Tensor]:
+        """Copies of the trained tensors, float32 on the CPU: the moving average where it is on and asked for."""
+        source = self.ema if averaged and self.ema is not None else self.parameters
+        return {name: value.detach().float().cpu().clone() for name, value in source.items()}
+
+    # -- checkpoints ------------------------------------------------------------------------------------------------
+    def state(self) -> dict[str, Tensor]:
+        """Everything that the next iteration depends on, as one flat dictionary of tensors."""
+        tensors = {f"parameters.{name}": p.detach().cpu().clone() for name, p in self.parameters.items()}
+        for name, value in (self.ema or {}).items():
+            tensors[f"ema.{name}"] = value.cpu().clone()
+        for name, p in self.parameters.items():
+            for key, value in self.optimizer.state.get(p, {}).items():
+                tensors[f"optimizer.{key}.{name}"] = value.detach().cpu().clone()
+        tensors["version"] = torch.tensor(self.version[1])
+        return tensors
+
+    @torch.no_grad()
+    def load_state(self, tensors: dict[str, Tensor]) -> None:
+        """The inverse of `state`. Raises `KeyError` when a parameter is missing from it."""
+        for name, p in self.parameters.items():
+            p.copy_(tensors[f"parameters.{name}"])
+            if self.ema is not None:
+                self.ema[name].copy_(tensors[f"ema.{name}"])
+            slots = {key: tensors[f"optimizer.{key}.{name}"] for key in ("step", "exp_avg", "exp_avg_sq")
+                     if f"optimizer.{key}.{name}" in tensors}
+            if slots:
+                self.optimizer.state[p] = {k: v.clone() if k == "step" else v.to(p.device).clone() for k, v in slots.items()}
+        self.version = (self.version[0], int(tensors["version"]))

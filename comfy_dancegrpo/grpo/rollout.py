@@ -1,0 +1,109 @@
+"""Sampling: groups of trajectories with their log-probabilities and pictures."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .forward import micro_batches, step
+from .noise import generator
+from .protocol import CallCount, Conditioning, Denoiser, Rollout, SamplingPlan, at_least_float32
+from .transitions import TRANSITIONS, log_prob
+
+
+@dataclass(frozen=True)
+class Request:
+    """Which samples to draw: prompts (P texts) times group_size, in latents of `latent_shape` (without the batch).
+
+    The noise of a sample depends on (seed, iteration, prompt slot, index in the group) alone. With shared_noise the whole
+    group starts from the noise of its index 0 (arXiv 2505.07818, section 3.2).
+    """
+
+    prompts: tuple[str, ...]
+    group_size: int
+    latent_shape: tuple[int, ...]
+    seed: int
+    iteration: int
+    shared_noise: bool = True
+    micro_batch: int = 16
+
+    @property
+    def groups(self) -> Tensor:
+        return torch.arange(len(self.prompts)).repeat_interleave(self.group_size)
+
+    @property
+    def indices(self) -> Tensor:
+        return torch.arange(self.group_size).repeat(len(self.prompts))
+
+
+def initial_noise(request: Request, rows: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """[len(rows), *latent_shape] on the CPU."""
+    groups, indices = request.groups[rows].tolist(), request.indices[rows].tolist()
+    return torch.stack([
+        torch.randn(request.latent_shape, dtype=dtype,
+                    generator=generator("initial", request.seed, request.iteration, g, 0 if request.shared_noise else i))
+        for g, i in zip(groups, indices)
+    ])
+
+
+@torch.no_grad()
+def sample(policy: Denoiser, request: Request, conditioning: Conditioning, plan: SamplingPlan, version: tuple[str, int],
+           initial: Tensor | None = None, tick: Callable[[int, int], None] = lambda done, total: None) -> Rollout:
+    """Draws every sample of the request, micro-batch by micro-batch.
+
+    Args:
+        conditioning: P rows. version: of the policy, carried by the rollout. initial: [N, *latent_shape], in place of the
+            request's own noise. tick: called after each micro-batch with (samples done, samples in all); it may raise to stop.
+
+    Returns:
+        The rollout; its log_probs are 0 where the transition has no noise.
+    """
+    device, levels = plan.grid.levels.device, plan.grid.levels
+    steps, count, calls = plan.grid.steps, len(request.groups), CallCount()
+    scored = TRANSITIONS[plan.transition].scored
+    states, log_probs, pictures, seconds = [], [], [], {"denoise": 0.0, "decode": 0.0}
+    for rows, real in micro_batches(count, request.micro_batch):
+        start = time.perf_counter()
+        noise = initial_noise(request, rows, levels.dtype) if initial is None else initial[rows.to(initial.device)]
+        x, batch = noise.to(device), conditioning.rows(request.groups[rows].to(device))
+        sources = [generator("step", request.seed, request.iteration, g, i)
+                   for g, i in zip(request.groups[rows].tolist(), request.indices[rows].tolist())]
+        path, densities = [], []
+        for t in range(steps):
+            path.append(x)
+            gaussian = step(policy, x, torch.full((len(rows),), t, device=device), batch, plan, calls, real)
+            if t == steps - 1:
+                break
+            x, density = _draw(gaussian, sources)
+            densities.append(density)
+        latents = getattr(gaussian, scored)
+        decoding = time.perf_counter()
+        decoded = policy.decode(latents, plan)
+        states.append(torch.stack(path, 1)[:real])
+        if densities:
+            log_probs.append(torch.stack(densities, 1)[:real])
+        pictures.append(decoded[:real].float().cpu())
+        seconds["denoise"] += decoding - start
+        seconds["decode"] += time.perf_counter() - decoding
+        tick(min(int(rows[0]) + request.micro_batch, count), count)
+    return Rollout(
+        prompts=tuple(request.prompts[g] for g in request.groups.tolist()), groups=request.groups, indices=request.indices,
+        conditioning=conditioning, plan=plan, states=torch.cat(states),
+        log_probs=torch.cat(log_probs) if log_probs else levels.new_zeros(count, 0), pictures=torch.cat(pictures),
+        version=version, seed=request.seed, iteration=request.iteration, micro_batch=request.micro_batch,
+        calls=calls, seconds=seconds,
+    )
+
+
+def _draw(gaussian, sources: list[torch.Generator]) -> tuple[Tensor, Tensor]:
+    """x_next ~ the Gaussian, each row from its own generator, and its log-probability [B]."""
+    mean = at_least_float32(gaussian.mean)
+    if not bool((gaussian.std > 0).all()):
+        return mean, mean.new_zeros(len(mean))
+    noise = torch.stack([torch.randn(mean.shape[1:], dtype=mean.dtype, generator=g) for g in sources])
+    x_next = mean + gaussian.std * noise.to(mean.device)
+    return x_next, log_prob(x_next, gaussian)

@@ -1,0 +1,131 @@
+"""Clipped policy-gradient steps on the transitions of a rollout."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from . import objectives
+from .forward import micro_batches, step
+from .learner import Learner
+from .noise import generator
+from .protocol import Advantages, CallCount, Rollout
+from .transitions import log_prob
+
+
+class StaleRollout(ValueError):
+    """The rollout was sampled from another version of the policy than the one to be updated."""
+
+
+class NotFinite(ArithmeticError):
+    """A loss or gradient is NaN or infinite; the policy was not changed by it."""
+
+
+@dataclass(frozen=True)
+class UpdateSettings:
+    """clip_range: c of the objective. train_fraction: share of the trainable transitions that is trained, drawn anew for
+    each sample. optimizer_steps: per rollout, each on its own share of the samples. max_grad_norm: of the whole gradient."""
+
+    clip_range: float = 1e-4
+    train_fraction: float = 0.6
+    optimizer_steps: int = 1
+    max_grad_norm: float = 1.0
+
+
+@dataclass(frozen=True)
+class UpdateStats:
+    """What an update did. ratio_deviation: largest |rho - 1| over the transitions of the first optimizer step (0 if none)."""
+
+    loss: float
+    ratio_deviation: float
+    clip_fraction: float
+    approx_kl: float
+    grad_norm: float
+    transitions: int
+    calls: CallCount
+    seconds: float
+    advantages: Advantages = field(repr=False)
+
+
+def chosen_transitions(rollout: Rollout, sample: int, fraction: float) -> list[int]:
+    """The steps trained for one sample, ascending: a share of 0..T-2 (the last is never trained), keyed by the sample."""
+    trainable = rollout.log_probs.shape[1]
+    count = max(1, round(fraction * trainable))
+    source = generator("transitions", rollout.seed, rollout.iteration, int(rollout.groups[sample]), int(rollout.indices[sample]))
+    return sorted(torch.randperm(trainable, generator=source)[:count].tolist())
+
+
+def shares(rollout: Rollout, flat: Tensor, settings: UpdateSettings) -> list[list[tuple[int, int]]]:
+    """(sample, step) pairs of each optimizer step; samples of flat groups are left out, and steps left empty by that."""
+    order = torch.randperm(rollout.size, generator=generator("order", rollout.seed, rollout.iteration)).tolist()
+    kept = [n for n in order if not flat[rollout.groups[n]]]
+    parts = min(settings.optimizer_steps, len(kept))
+    return [[(n, t) for n in kept[k::parts] for t in chosen_transitions(rollout, n, settings.train_fraction)] for k in range(parts)]
+
+
+def update(learner: Learner, advantages: Advantages, settings: UpdateSettings,
+           tick: Callable[[int, int], None] = lambda done, total: None) -> UpdateStats:
+    """Trains the learner's policy on a scored rollout (arXiv 2505.07818, algorithm 1).
+
+    Each optimizer step accumulates the gradient of the mean clipped loss over its (sample, step) pairs, in micro-batches of
+    the rollout's shape. `tick(pairs done, pairs in all)` is called after each; it may raise to stop.
+
+    Raises:
+        StaleRollout: the rollout is of another version of the policy. NotFinite: a loss or gradient is not a number.
+    """
+    rollout, start = advantages.scores.rollout, time.perf_counter()
+    if rollout.version != learner.version:
+        raise StaleRollout(f"the rollout was sampled from version {rollout.version[1]} of {rollout.version[0]!r}, "
+                           f"and the policy is at version {learner.version[1]} of {learner.version[0]!r}")
+    if rollout.log_probs.shape[1] == 0 or not bool((rollout.log_probs != 0).any()):
+        raise ValueError("the rollout has no noise, so it has no log-probabilities to train on: "
+                         "sample with a stochastic transition, eta above 0 and at least 2 steps")
+    parts, calls = shares(rollout, advantages.flat, settings), CallCount()
+    total, done = sum(map(len, parts)), 0
+    losses, ratios, logs, norms = [], [], [], []
+    with torch.enable_grad():
+        for pairs in parts:
+            for loss, ratio in _accumulate(learner, advantages, pairs, settings.clip_range, calls):
+                losses.append(loss), ratios.append(ratio), logs.append(ratio.log())
+                done += len(ratio)
+                tick(done, total)
+            norm = learner.clip_grad_norm(settings.max_grad_norm)
+            if not math.isfinite(norm):
+                learner.zero_grad()
+                raise NotFinite(f"the gradient's norm is {norm}; nothing was changed")
+            norms.append(norm)
+            learner.optimizer_step()
+    learner.finish_iteration()
+    if not total:
+        return UpdateStats(0.0, 0.0, 0.0, 0.0, 0.0, 0, calls, time.perf_counter() - start, advantages)
+    first, every, log_ratio = ratios[: -(-len(parts[0]) // rollout.micro_batch)], torch.cat(ratios), torch.cat(logs)
+    return UpdateStats(
+        loss=torch.cat(losses).mean().item(),
+        ratio_deviation=(torch.cat(first) - 1).abs().max().item(),
+        clip_fraction=((every - 1).abs() > settings.clip_range).float().mean().item(),
+        approx_kl=(every - 1 - log_ratio).mean().item(),
+        grad_norm=sum(norms) / len(norms), transitions=total, calls=calls,
+        seconds=time.perf_counter() - start, advantages=advantages,
+    )
+
+
+def _accumulate(learner: Learner, advantages: Advantages, pairs: list[tuple[int, int]], clip_range: float,
+                calls: CallCount) -> Iterator[tuple[Tensor, Tensor]]:
+    """Adds the gradient of the pairs' mean loss; yields (losses, ratios) [real rows], detached, by micro-batch."""
+    rollout, device = advantages.scores.rollout, advantages.scores.rollout.states.device
+    every_sample, every_step = (torch.tensor(column, device=device) for column in zip(*pairs))
+    for rows, real in micro_batches(len(pairs), rollout.micro_batch):
+        samples, steps = every_sample[rows.to(device)], every_step[rows.to(device)]
+        gaussian = step(learner.policy, rollout.states[samples, steps], steps,
+                        rollout.conditioning.rows(rollout.groups.to(device)[samples]), rollout.plan, calls, real)
+        loss, ratio = objectives.clipped(
+            log_prob(rollout.states[samples, steps + 1], gaussian), rollout.log_probs[samples, steps],
+            advantages.values.to(device)[samples], clip_range,
+        )
+        (loss[:real].sum() / len(pairs)).backward()
+        yield loss[:real].detach(), ratio[:real].detach()

@@ -1,0 +1,1 @@
+"""LoRA: injection (peft), snapshots, and the one file that every loader reads."""

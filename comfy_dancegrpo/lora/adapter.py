@@ -1,0 +1,108 @@
+"""Adapters on a denoiser, through peft."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from peft import LoraConfig
+from torch import Tensor
+
+from .. import processes
+from ..grpo.noise import generator
+from ..policies.base import Policy
+
+_names = (f"dancegrpo_{i}" for i in itertools.count())
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    """rank r and alpha (arXiv 2106.09685): the update is alpha / r * B A. targets: a name of the family's `lora_targets`."""
+
+    rank: int = 16
+    alpha: float = 16.0
+    targets: str = "attention and feed-forward"
+
+
+@dataclass(frozen=True)
+class LoraSnapshot:
+    """An adapter's weights at one moment; never changed afterwards.
+
+    tensors: `<module>.lora_A.weight` [r, in] and `<module>.lora_B.weight` [out, r], float32 on the CPU, alpha not folded in.
+    iterations: trained so far. averaged: whether they are the moving average. folder: of the run that made them.
+    prompts: that it was trained on.
+    """
+
+    tensors: dict[str, Tensor] = field(repr=False)
+    settings: LoraSettings
+    policy: str
+    prefix: str
+    iterations: int
+    averaged: bool
+    folder: Path
+    prompts: tuple[str, ...] = field(default=(), repr=False)
+
+
+class Adapter:
+    """A LoRA attached to a policy's denoiser and active there, until `remove`."""
+
+    def __init__(self, policy: Policy, settings: LoraSettings, seed: int = 0):
+        module = policy.denoiser
+        if settings.targets not in policy.lora_targets:
+            raise ValueError(f"found {settings.targets!r}, accepted: one of {', '.join(map(repr, policy.lora_targets))}")
+        self.policy, self.settings, self.name = policy, settings, next(_names)
+        self._below = list(module.active_adapters()) if getattr(module, "_hf_peft_config_loaded", False) else []
+        config = LoraConfig(r=settings.rank, lora_alpha=settings.alpha, target_modules=policy.lora_targets[settings.targets])
+        with processes.outside_inference_mode():
+            module.add_adapter(config, adapter_name=self.name)
+            module.set_adapter(self.name)
+            self.parameters = {
+                name.replace(f".{self.name}.", "."): p
+                for name, p in module.named_parameters() if f".{self.name}." in name
+            }
+            self._initialise(seed)
+        for p in self.parameters.values():
+            p.requires_grad_(True)
+
+    def _initialise(self, seed: int) -> None:
+        """A uniform in +-1 / sqrt(in), B zero (as peft, but keyed by seed and name rather than drawn from the global state)."""
+        for name, p in self.parameters.items():
+            p.data = p.data.float()
+            if ".lora_A." in name:
+                bound = p[0].numel() ** -0.5
+                p.copy_((torch.rand(p.shape, generator=generator("lora", seed, name)) * 2 - 1) * bound)
+            else:
+                p.zero_()
+
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        """Raises `ValueError` when the names are not exactly the adapter's own."""
+        if tensors.keys() != self.parameters.keys():
+            odd = sorted(tensors.keys() ^ self.parameters.keys())
+            raise ValueError(f"the LoRA does not fit this policy: {len(odd)} names differ, such as {odd[0]!r}")
+        with torch.no_grad():
+            for name, value in tensors.items():
+                self.parameters[name].copy_(value)
+
+    def remove(self) -> None:
+        """Takes the adapter off; the denoiser is then as it was before it was attached."""
+        module = self.policy.denoiser
+        if self._below:
+            module.delete_adapters(self.name)
+            module.set_adapter(self._below)
+        else:
+            module.unload_lora()
+
+
+@contextlib.contextmanager
+def applied(policy: Policy, snapshot: LoraSnapshot) -> Iterator[None]:
+    """The policy with the snapshot's LoRA, while the block runs. Raises `ValueError` when it is of another policy."""
+    adapter = Adapter(policy, snapshot.settings)
+    try:
+        adapter.load(snapshot.tensors)
+        yield
+    finally:
+        adapter.remove()

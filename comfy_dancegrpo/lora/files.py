@@ -1,0 +1,32 @@
+"""The LoRA file: the same keys for diffusers and ComfyUI, full strength in both."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from safetensors.torch import save_file
+
+from .adapter import LoraSnapshot
+
+
+def save(snapshot: LoraSnapshot, path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Writes `<prefix><module>.lora_A.weight` and `…lora_B.weight`, float32, beside `path` first and then renamed.
+
+    alpha / rank is folded into lora_B and no alpha key is written: loaders differ in how they read one, and none is read as 1.
+    """
+    scale = snapshot.settings.alpha / snapshot.settings.rank
+    tensors = {
+        snapshot.prefix + name: (value * scale if ".lora_B." in name else value).contiguous()
+        for name, value in snapshot.tensors.items()
+    }
+    header = {
+        "format": "pt", "modelspec.sai_model_spec": "1.0.0", "modelspec.title": path.stem,
+        "dancegrpo.policy": snapshot.policy, "dancegrpo.iterations": str(snapshot.iterations),
+        "dancegrpo.averaged": str(snapshot.averaged).lower(), "dancegrpo.rank": str(snapshot.settings.rank),
+        "dancegrpo.alpha": str(snapshot.settings.alpha), **(metadata or {}),
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(path.name + ".part")
+    save_file(tensors, beside, metadata=header)
+    os.replace(beside, path)

@@ -1,0 +1,41 @@
+"""CLIP score: how well a picture fits its prompt.
+
+The cosine of CLIP's picture and text embeddings (arXiv 2104.08718, without its factor of 2.5 and its clipping), in -1..1. Takes
+a transformers `CLIPModel` folder. The embedded one is GPL-3.0-or-later; OpenAI's weights are MIT.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import CLIPModel, CLIPTokenizer
+
+from .. import processes
+
+try:  # without torchvision, newer transformers has the Pillow processor under this name; older ones had no other
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil as CLIPImageProcessor
+except ImportError:
+    from transformers import CLIPImageProcessor
+
+NEEDS_MODEL = True
+
+
+def load(folder: Path):
+    with processes.outside_inference_mode():
+        model = CLIPModel.from_pretrained(folder, dtype=torch.float32, local_files_only=True, use_safetensors=True)
+        model = model.requires_grad_(False).eval().to(processes.device())
+    tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+    processor = CLIPImageProcessor.from_pretrained(folder, local_files_only=True)
+    length = model.config.text_config.max_position_embeddings
+
+    @torch.no_grad()
+    def clip_score(pictures: Tensor, prompts: Sequence[str]) -> Tensor:
+        pixels = processor([p.cpu().numpy() for p in pictures], do_rescale=False, return_tensors="pt", input_data_format="channels_last")
+        tokens = tokenizer(list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+        output = model(input_ids=tokens.input_ids.to(model.device), attention_mask=None, pixel_values=pixels.pixel_values.to(model.device))
+        return (output.image_embeds * output.text_embeds).sum(-1)
+
+    return clip_score
