@@ -1,0 +1,1 @@
+"""The headless program: `dancegrpo`, or `python -m comfy_dancegrpo.trainer`."""

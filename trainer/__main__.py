@@ -1,0 +1,5 @@
+"""`python -m comfy_dancegrpo.trainer`."""
+
+from .cli import main
+
+main()

@@ -1,0 +1,143 @@
+"""The commands: `run`, `validate`, `nodes`. Options, what is printed, and the exit status; the work is elsewhere."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from comfy_dancegrpo import __version__
+from comfy_dancegrpo.errors import DanceGRPOError, Interrupted, WorkflowError
+
+app = typer.Typer(help="Runs saved ComfyUI graphs that train image and video models by reinforcement.", no_args_is_help=True,
+                  add_completion=False, pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]})
+
+Workflow = Annotated[Path, typer.Argument(help="A saved workflow: the editor's JSON, API JSON, or a PNG that holds one.")]
+Output = Annotated[Path, typer.Option(help="Where runs and pictures are written.")]
+Models = Annotated[Optional[Path], typer.Option(help="The models folder: models, or ComfyUI's with --comfyui.", show_default=False)]
+ExtraModelPaths = Annotated[Optional[Path], typer.Option(metavar="FILE", help="ComfyUI's extra_model_paths.yaml.", show_default=False)]
+Input = Annotated[Optional[Path], typer.Option(help="Where Load Image looks: input, or ComfyUI's with --comfyui.", show_default=False)]
+ComfyUI = Annotated[Optional[Path], typer.Option("--comfyui", help="A ComfyUI folder that lends its nodes, for graphs with nodes that are not ours.", show_default=False)]
+Run = Annotated[Optional[str], typer.Option(metavar="NAME", help="The run's name: its folder under the output folder.", show_default=False)]
+Set = Annotated[Optional[list[str]], typer.Option("--set", metavar="NODE.INPUT=VALUE", help="Changes a widget; NODE is a title or an id. Repeatable.", show_default=False)]
+Iterations = Annotated[Optional[int], typer.Option(help="How many iterations the loop runs.", show_default=False)]
+Seed = Annotated[Optional[int], typer.Option(help="The run's seed.", show_default=False)]
+Debug = Annotated[bool, typer.Option("--debug", help="Shows the traceback of a fault.")]
+
+
+@app.callback(invoke_without_command=True)
+def _program(version: Annotated[bool, typer.Option("--version", help="Shows the version.")] = False) -> None:
+    if version:
+        print(f"dancegrpo {__version__}")
+        raise typer.Exit
+
+
+@app.command()
+def run(workflow: Workflow, output: Output = Path("output"), models: Models = None, extra_model_paths: ExtraModelPaths = None,
+        input: Input = None, comfyui: ComfyUI = None, run: Run = None, set_: Set = None, iterations: Iterations = None,
+        seed: Seed = None, debug: Debug = False) -> None:
+    """Runs a workflow: checks it whole, then trains."""
+    from .session import Options, prepare, resume_command
+
+    options = Options(output, input, models, extra_model_paths, comfyui, run, iterations, seed, set_ or [])
+    host = None
+
+    def resume() -> str:
+        return f"; resume with: {resume_command(host, workflow, options)}" if host and host.run_folder else ""
+
+    with _reported(debug, resume):
+        from comfy_dancegrpo.workflow.execute import execute
+        from comfy_dancegrpo.workflow.host import use
+
+        host = prepare(workflow, options)
+        with use(host), host.running():
+            execute(host.prompt, host.registry, extra_pnginfo=host.extra_pnginfo)
+        for written in ([host.run_folder] if host.run_folder else []) + list(host.files):
+            print(written)
+
+
+@app.command()
+def validate(workflow: Workflow, output: Output = Path("output"), models: Models = None, extra_model_paths: ExtraModelPaths = None,
+             input: Input = None, comfyui: ComfyUI = None, run: Run = None, set_: Set = None, iterations: Iterations = None,
+             seed: Seed = None, debug: Debug = False) -> None:
+    """Checks a workflow as run does, and loads nothing."""
+    from .session import Options, prepare
+
+    with _reported(debug):
+        host = prepare(workflow, Options(output, input, models, extra_model_paths, comfyui, run, iterations, seed, set_ or []))
+        print(f"{workflow}: {len(host.prompt)} nodes, no problems found")
+
+
+@app.command()
+def nodes(as_json: Annotated[bool, typer.Option("--json", help="Prints ComfyUI's /object_info table.")] = False,
+          models: Models = None, extra_model_paths: ExtraModelPaths = None, input: Input = None, comfyui: ComfyUI = None,
+          debug: Debug = False) -> None:
+    """Lists the node types that workflows may use."""
+    from .session import Options, make_host
+
+    with _reported(debug):
+        from comfy_dancegrpo.workflow.host import use
+
+        host, found = make_host(Options(input=input, models=models, extra_model_paths=extra_model_paths, comfyui=comfyui))
+        with use(host):
+            info = found.object_info()
+        print(json.dumps(info, indent=1, default=str)) if as_json else _print_table(info)
+
+
+def _print_table(info: dict[str, dict]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("id", "name", "inputs", "outputs", highlight=False)
+    for name, node in sorted(info.items()):
+        inputs = [i for kind in ("required", "optional") for i in node["input"].get(kind, {})]
+        table.add_row(name, node["display_name"], ", ".join(inputs), ", ".join(map(str, node["output_name"])))
+    Console(markup=False).print(table)
+
+
+@contextlib.contextmanager
+def _reported(debug: bool, resume: Callable[[], str] = lambda: "") -> Iterator[None]:
+    """Turns what goes wrong in the block into a line on stderr (a line a problem for a bad workflow) and an exit status.
+
+    `resume()` ends the line with how to go on, where there is something to go on with.
+    """
+    try:
+        yield
+    except (Exception, KeyboardInterrupt) as error:
+        if debug:
+            traceback.print_exc()
+        for line in _lines(error, resume):
+            print(f"dancegrpo: {line}", file=sys.stderr)
+        raise typer.Exit(_status(error)) from None
+
+
+def _lines(error: BaseException, resume: Callable[[], str]) -> list[str]:
+    if isinstance(error, WorkflowError):
+        return error.problems
+    if isinstance(error, (KeyboardInterrupt, Interrupted)):
+        return [f"stopped{resume()}"]
+    if _disk_full(error):
+        return [f"the disk is full: {' '.join(str(error).split())}{resume()}"]
+    said = " ".join(str(error).split())
+    return [(said if isinstance(error, DanceGRPOError) else f"{type(error).__name__}: {said}") + resume()]
+
+
+def _status(error: BaseException) -> int:
+    default = Interrupted if isinstance(error, KeyboardInterrupt) else DanceGRPOError
+    return getattr(error, "exit_status", default.exit_status)
+
+
+def _disk_full(error: BaseException | None) -> bool:
+    """Whether a full disk is behind an error: torch and safetensors wrap theirs, and say the system's words."""
+    while error is not None:
+        if getattr(error, "errno", None) == errno.ENOSPC or "No space left on device" in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False

@@ -1,0 +1,153 @@
+"""The headless host: a progress bar on a terminal, plain lines elsewhere, both on stderr; and stopping when asked to."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from comfy_dancegrpo.errors import Interrupted
+from comfy_dancegrpo.workflow.host import Host
+
+from .paths import ModelPaths
+
+
+class StoppedAtOnce(KeyboardInterrupt):
+    """A second signal; `exit_status` tells which."""
+
+    def __init__(self, signum: int):
+        super().__init__()
+        self.exit_status = 128 + signum
+
+
+class ConsoleHost(Host):
+    """Shows a run on stderr.
+
+    `workflow_source` and `prompt` are the workflow as given (its JSON, in bytes) and as executed; `run_folder` is where the run
+    writes, once it has started; `files` what output nodes saved. `lent` are classes of ComfyUI, called under inference mode.
+    """
+
+    def __init__(self, registry: dict[str, type], output: Path, input: Path, paths: ModelPaths, lent: frozenset[type] = frozenset()):
+        super().__init__(registry, output, input, paths.models)
+        self.workflow_source = b""
+        self.prompt: dict[str, dict] = {}
+        self.extra_pnginfo: dict[str, Any] | None = None
+        self.run_folder: Path | None = None
+        self.files: dict[Path, None] = {}
+        self._paths, self._lent = paths, lent
+        self._stopped_by: int | None = None
+        self._display = _Bars() if sys.stderr.isatty() else _Lines()
+
+    def model_folders(self, kind: str) -> list[Path]:
+        return self._paths.folders(kind)
+
+    def node_started(self, node_id: str, class_type: str, title: str) -> None:
+        self._display.node(node_id, title)
+
+    def node_output(self, node_id: str, ui: dict[str, Any]) -> None:
+        for values in ui.values():
+            for saved in values if isinstance(values, (list, tuple)) else ():
+                if isinstance(saved, dict) and saved.get("type") == "output" and "filename" in saved:
+                    self.files[self.output_folder / saved.get("subfolder", "") / saved["filename"]] = None
+
+    def progress(self, value: float, total: float, text: str = "") -> None:
+        self._display.progress(value, total, text)
+
+    def say(self, line: str) -> None:
+        self._display.say(line)
+
+    def run_started(self, folder: Path) -> None:
+        self.run_folder = Path(folder)
+
+    def around(self, node_class: type) -> contextlib.AbstractContextManager:
+        if node_class not in self._lent:
+            return super().around(node_class)
+        import torch
+
+        return torch.inference_mode()
+
+    def check_interrupt(self) -> None:
+        if self._stopped_by is not None:
+            error = Interrupted("stopped")
+            error.exit_status = 128 + self._stopped_by
+            raise error
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """While the block runs, a first SIGINT or SIGTERM asks to stop at the next micro-batch, a second stops at once.
+
+        The second raises StoppedAtOnce, from wherever the program is.
+        """
+
+        def stop(signum: int, frame: Any) -> None:
+            if self._stopped_by is not None:
+                raise StoppedAtOnce(signum)
+            self._stopped_by = signum
+            # not print: the signal may have come in the middle of one
+            os.write(2, b"\nstopping after this micro-batch; once more stops at once\n")
+
+        previous = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for signum, handler in previous.items():
+                signal.signal(signum, handler)
+            self._display.close()
+
+
+class _Lines:
+    """Plain lines: each node's title once, a line for each progress that has something to say."""
+
+    def __init__(self) -> None:
+        self._seen: set[str] = set()
+
+    def node(self, node_id: str, title: str) -> None:
+        if node_id not in self._seen:
+            self._seen.add(node_id)
+            self.say(title)
+
+    def progress(self, value: float, total: float, text: str) -> None:
+        if text:
+            self.say(f"{value:g}/{total:g} {text}")
+
+    def say(self, line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+class _Bars:
+    """A bar for progress that has something to say (iterations), and one below it for progress that has not (micro-batches)."""
+
+    def __init__(self) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+                   TextColumn("{task.fields[text]}", markup=False))
+        self._progress = Progress(*columns, console=Console(stderr=True))
+        self._tasks = [self._progress.add_task("", total=None, visible=False, text="") for _ in range(2)]
+        self._title = ""
+
+    def node(self, node_id: str, title: str) -> None:
+        self._title = title
+        self._progress.start()
+        self._progress.update(self._tasks[1], description=title, total=None, completed=0, visible=True)
+
+    def progress(self, value: float, total: float, text: str) -> None:
+        main = bool(text)
+        self._progress.start()
+        self._progress.update(self._tasks[0 if main else 1], description="" if main else self._title,
+                              total=total, completed=value, visible=True, text=text)
+
+    def say(self, line: str) -> None:
+        self._progress.console.print(line, markup=False, highlight=False)
+
+    def close(self) -> None:
+        self._progress.update(self._tasks[1], visible=False)
+        self._progress.stop()

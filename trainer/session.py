@@ -1,0 +1,122 @@
+"""What the commands share: the host and the registry from the options, and a workflow checked whole before anything is loaded."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from comfy_dancegrpo.errors import WorkflowError
+from comfy_dancegrpo.workflow.host import use
+
+from .console import ConsoleHost
+from .paths import ModelPaths
+
+
+@dataclass(frozen=True)
+class Options:
+    """The options that `run` and `validate` share; None where the user said nothing."""
+
+    output: Path = Path("output")
+    input: Path | None = None
+    models: Path | None = None
+    extra_model_paths: Path | None = None
+    comfyui: Path | None = None
+    run: str | None = None
+    iterations: int | None = None
+    seed: int | None = None
+    overrides: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Nodes:
+    """Node classes by id, the names that the editor shows, and which of the classes ComfyUI lent."""
+
+    registry: dict[str, type]
+    display_names: dict[str, str]
+    lent: frozenset[type] = frozenset()
+
+    def object_info(self) -> dict[str, dict[str, Any]]:
+        """ComfyUI's /object_info table of these nodes."""
+        from comfy_dancegrpo.workflow.schema import object_info
+
+        return object_info(self.registry, self.display_names)
+
+
+def make_host(options: Options) -> tuple[ConsoleHost, Nodes]:
+    """The host and its nodes. Raises WorkflowError for a paths file or a ComfyUI folder that is not one."""
+    root = options.comfyui
+    paths = ModelPaths(options.models or (root / "models" if root else Path("models")))
+    input = options.input or (root / "input" if root else Path("input"))
+    for file in (root / "extra_model_paths.yaml" if root else None, options.extra_model_paths):
+        if file is not None and (file is options.extra_model_paths or file.is_file()):
+            paths.read(file)
+    nodes = _collect(options, input, paths)
+    return ConsoleHost(nodes.registry, options.output, input, paths, nodes.lent), nodes
+
+
+def _collect(options: Options, input: Path, paths: ModelPaths) -> Nodes:
+    """Our nodes; where no ComfyUI lends its own, stand-ins for the few of ComfyUI's that training graphs contain."""
+    from comfy_dancegrpo import nodes as ours
+
+    if options.comfyui is None:
+        return Nodes({**ours.HOST_CLASS_MAPPINGS, **ours.NODE_CLASS_MAPPINGS}, dict(ours.NODE_DISPLAY_NAME_MAPPINGS))
+    from .lend import lend
+
+    classes, names = lend(options.comfyui, options.output, input, paths)
+    registry = {**ours.HOST_CLASS_MAPPINGS, **classes, **ours.NODE_CLASS_MAPPINGS}
+    lent = frozenset(cls for name, cls in classes.items() if registry[name] is cls)
+    return Nodes(registry, {**names, **ours.NODE_DISPLAY_NAME_MAPPINGS}, lent)
+
+
+def prepare(workflow: Path, options: Options) -> ConsoleHost:
+    """A host that holds the workflow, read, overridden and checked whole. Raises WorkflowError with every problem found."""
+    from comfy_dancegrpo.workflow.convert import to_prompt
+    from comfy_dancegrpo.workflow.loop import check_loops
+    from comfy_dancegrpo.workflow.overrides import apply_overrides
+    from comfy_dancegrpo.workflow.read import read_workflow
+    from comfy_dancegrpo.workflow.validate import validate
+
+    saved = read_workflow(workflow)
+    host, nodes = make_host(options)
+    with use(host):  # the choices of a combo may be files of the model folders
+        prompt = to_prompt(saved, nodes.object_info())
+        prompt = apply_overrides(prompt, nodes.registry, [*_loop_overrides(prompt, nodes.registry, options), *options.overrides])
+        validate(prompt, nodes.registry)
+        check_loops(prompt, nodes.registry)
+    host.workflow_source, host.prompt = saved.raw, prompt
+    host.extra_pnginfo = {"workflow": saved.data} if saved.format == "ui" else None
+    return host
+
+
+def _loop_overrides(prompt: dict[str, Any], registry: dict[str, type], options: Options) -> list[str]:
+    """--run, --iterations and --seed as overrides of every Loop Start."""
+    given = {"run": ("run_name", options.run), "iterations": ("iterations", options.iterations), "seed": ("seed", options.seed)}
+    given = {option: (name, value) for option, (name, value) in given.items() if value is not None}
+    starts = loop_starts(prompt, registry)
+    if given and not starts:
+        raise WorkflowError(f"--{next(iter(given))}: the workflow has no Loop Start to set it on")
+    return [f"{start}.{name}={value}" for start in starts for name, value in given.values()]
+
+
+def loop_starts(prompt: dict[str, Any], registry: dict[str, type]) -> list[str]:
+    """The ids of the Loop Starts of a prompt that may not have been checked yet."""
+    return [n for n, node in prompt.items() if isinstance(node, dict) and getattr(registry.get(str(node.get("class_type"))), "LOOP_START", False)]
+
+
+def resume_command(host: ConsoleHost, workflow: Path, options: Options) -> str:
+    """The command that goes on with the host's run: the options as given, the run's name, and Loop Start told to resume."""
+    words = ["dancegrpo", "run", str(workflow), "--output", str(options.output), "--run", host.run_folder.name]
+    for option in ("input", "models", "extra_model_paths", "comfyui", "iterations", "seed"):
+        value = getattr(options, option)
+        if value is not None:
+            words += ["--" + option.replace("_", "-"), str(value)]
+    for override in options.overrides:
+        words += ["--set", override]
+    for start in loop_starts(host.prompt, host.registry):
+        if host.prompt[start]["inputs"].get("on_existing", "resume") != "resume":
+            words += ["--set", f"{start}.on_existing=resume"]
+    return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
