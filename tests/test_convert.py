@@ -21,7 +21,8 @@ REGISTRY = {
     "Sample": node_class({"model": ("MODEL",), "seed": ("INT", {"default": 0}), "steps": ("INT", {"default": 20}),
                           "latent": ("LATENT",), "mode": (["fixed", "free"], {"default": "free"})},
                          {"strength": ("FLOAT", {"default": 1.0})}, ("LATENT",)),
-    "Patch": node_class({"clip": ("CLIP",), "model": ("MODEL",), "scale": ("FLOAT", {"default": 1.0})}, returns=("MODEL", "CLIP")),
+    "Patch": node_class({"clip": ("CLIP",), "model": ("MODEL",), "scale": ("FLOAT", {"default": 1.0})},
+                        returns=("MODEL", "CLIP")),
     "Picture": node_class({"image": (["x.png"], {"image_upload": True})}, {"note": ("STRING", {"default": ""})}, ("IMAGE",)),
     "Numbers": node_class({"values": ("STRING", {"forceInput": True}), "text": ("STRING", {"multiline": True}),
                            "pick": ("COMBO", {"options": ["p", "q"], "control_after_generate": True})},
@@ -102,8 +103,8 @@ def test_notes_and_groups_are_ignored():
     ((9, 77, 0, 3, 0, "MODEL"), "link 9 (node 77 to node 3): comes from a node that is not there"),
     ((9, 1, 0, 77, 0, "MODEL"), "link 9 (node 1 to node 77): leads to a node that is not there"),
     ((9, 1, 0, 4, 0, "MODEL"), "link 9 (node 1 to node 4): leads to an input that does not name it"),
-    ((9, "x"), "found [9, 'x'] among the links, accepted: "
-               "[id, from node, from slot, to node, to slot, type], or an object with the same"),
+    ((9, "x"), ("found [9, 'x'] among the links, accepted: "
+                "[id, from node, from slot, to node, to slot, type], or an object with the same")),
 ])
 def test_a_link_that_leads_nowhere(bad, expected):
     assert expected in problems(graph([LOAD, BLANK, SAMPLE, SAVE], [*LINKS, bad]))
@@ -127,11 +128,23 @@ def test_all_problems_at_once():
     ]
 
 
-def test_malformed_and_double_nodes():
+def test_two_nodes_of_one_id():
     data = workflow()
-    data["nodes"] += [{"id": 6}, LOAD]
-    assert problems(data) == ["found {'id': 6} among the nodes, accepted: an object with 'id' and 'type'",
-                              'node 1 "Load": two nodes have this id']
+    data["nodes"] += [LOAD]
+    assert problems(data) == ['node 1 "Load": two nodes have this id']
+
+
+@pytest.mark.parametrize("broken, line", [
+    ({"nodes": [{"id": 6}]}, "found {'id': 6} among the nodes, accepted: an object with 'id' and 'type'"),
+    ({"nodes": [3]}, "found 3 among the nodes, accepted: an object with 'id' and 'type'"),
+    ({"links": 3}, "the workflow: links: found 3, accepted: a list"),
+    ({"nodes": [{**LOAD, "widgets_values": 3}]}, 'node 1 "Load": widgets_values: found 3, accepted: a list or an object'),
+    ({"nodes": [{**LOAD, "inputs": [3]}]}, 'node 1 "Load": found 3 among the inputs, accepted: an object with \'name\''),
+    ({"nodes": [{**LOAD, "inputs": [{"link": []}]}]}, 'node 1 "Load": link: found [], accepted: a number or text'),
+    ({"definitions": {"subgraphs": [3]}}, "found 3 among the subgraphs, accepted: an object with 'id'"),
+])
+def test_a_part_of_another_shape(broken, line):
+    assert problems({**workflow(), **broken}) == [line]
 
 
 # -- widgets ----------------------------------------------------------------------------------------------------------
@@ -163,8 +176,8 @@ def test_values_by_name():
 
 def test_a_name_that_is_no_widget():
     data = workflow({**SAMPLE, "widgets_values": {"seed": 7, "stepz": 30}})
-    assert problems(data) == ['node 3 "My sampler": found a value for widget "stepz", which the node does not have '
-                              "(did you mean 'steps'?)"]
+    assert problems(data) == [('node 3 "My sampler": found a value for widget "stepz", which the node does not have '
+                               "(did you mean 'steps'?)")]
 
 
 def test_missing_trailing_values_take_the_declared_default():
@@ -173,8 +186,8 @@ def test_missing_trailing_values_take_the_declared_default():
 
 def test_a_missing_value_without_a_default():
     assert problems(workflow(node(1, "Load", [], outputs=["MODEL", "CLIP"]))) == [
-        'node 1 "Load": input "name": found no saved value, accepted: a value (the class declares no default; '
-        "save the workflow again in the editor)"]
+        ('node 1 "Load": input "name": found no saved value, accepted: a value (the class declares no default; '
+         "save the workflow again in the editor)")]
 
 
 def test_an_optional_widget_without_value_or_default_is_left_out():
@@ -252,8 +265,8 @@ def test_a_primitive_sets_the_widget_that_it_feeds():
 
 
 def test_a_primitive_without_a_value():
-    assert problems(primitive([])) == ['node 5 "PrimitiveNode": found no value in it, accepted: the value for the widget '
-                                       "that it feeds"]
+    assert problems(primitive([])) == [
+        'node 5 "PrimitiveNode": found no value in it, accepted: the value for the widget that it feeds']
 
 
 # -- muted and bypassed -----------------------------------------------------------------------------------------------

@@ -25,8 +25,10 @@ def node_class(required, optional=None, returns=()):
 INFO = json.loads(json.dumps(object_info({
     "Load": node_class({"name": (["a", "b"],)}, None, ("MODEL", "CLIP")),
     "Sample": node_class({"model": ("MODEL",), "seed": ("INT", {"default": 0}), "steps": ("INT", {"default": 20}),
-                          "mode": (["fixed", "free"], {"default": "free"})}, {"strength": ("FLOAT", {"default": 1.0})}, ("IMAGE",)),
-    "Patch": node_class({"clip": ("CLIP",), "model": ("MODEL",), "scale": ("FLOAT", {"default": 1.0})}, None, ("MODEL", "CLIP")),
+                          "mode": (["fixed", "free"], {"default": "free"})}, {"strength": ("FLOAT", {"default": 1.0})},
+                         ("IMAGE",)),
+    "Patch": node_class({"clip": ("CLIP",), "model": ("MODEL",), "scale": ("FLOAT", {"default": 1.0})}, None,
+                        ("MODEL", "CLIP")),
     "Save": node_class({"image": ("IMAGE",), "label": ("STRING", {"default": "out"})}),
 })))
 
@@ -61,7 +63,8 @@ STEPS = (slot("steps", "INT", 9, widget=True),)
 
 
 def subgraph_flow(values, mode=0):
-    inner = node(8, "Sample", [7, "fixed", 30, "fixed", 0.5], [slot("model", "MODEL", 1), slot("steps", "INT", 2, True)], ["IMAGE"])
+    inner = node(8, "Sample", [7, "fixed", 30, "fixed", 0.5], [slot("model", "MODEL", 1), slot("steps", "INT", 2, True)],
+                 ["IMAGE"])
     keys = ("id", "origin_id", "origin_slot", "target_id", "target_slot", "type")
     links = [dict(zip(keys, row)) for row in
              [(1, -10, 0, 8, 0, "MODEL"), (2, -10, 1, 8, 1, "INT"), (3, 8, 0, -20, 0, "IMAGE")]]
@@ -82,7 +85,8 @@ def subgraph_flow(values, mode=0):
     pytest.param(flow(patch(0), links=AROUND), id="a node between"),
     pytest.param(flow(patch(2), links=AROUND), id="muted"),
     pytest.param(flow(patch(4), links=AROUND), id="bypassed"),
-    pytest.param(flow(*REROUTES, links=((1, 12, 0, 3, 0, "*"), (13, 10, 0, 12, 0, "*"), (11, 1, 0, 10, 0, "*"))), id="reroutes"),
+    pytest.param(flow(*REROUTES, links=((1, 12, 0, 3, 0, "*"), (13, 10, 0, 12, 0, "*"), (11, 1, 0, 10, 0, "*"))),
+                 id="reroutes"),
     pytest.param(flow(node(9, "PrimitiveNode", [30, "fixed"], (), ["INT"]), sample=sampler(extra=STEPS),
                       links=((1, 1, 0, 3, 0, "MODEL"), (9, 9, 0, 3, 1, "INT"))), id="primitive"),
     pytest.param(flow(node(9, "Load", ["a"], (), ["INT"]), sample=sampler(extra=STEPS),

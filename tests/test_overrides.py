@@ -94,4 +94,5 @@ def test_all_mistakes_at_once():
 
 
 def test_an_entry_that_is_no_node():
-    assert problems("1.a=2", prompt={"1": {"class_type": "Train"}})[0].endswith("accepted: an object with 'class_type' and 'inputs'")
+    lines = problems("1.a=2", prompt={"1": {"class_type": "Train"}})
+    assert len(lines) == 1 and lines[0].endswith("accepted: an object with 'class_type' and 'inputs'")

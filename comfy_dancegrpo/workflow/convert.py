@@ -190,14 +190,14 @@ def _bypass(node: dict[str, Any], slot: int, wanted: Any) -> dict[str, Any]:
     """The input that a bypassed node passes on at an output: the one beside it if it fits, else the first of that type."""
     inputs = inputs_of_saved(node)
     outputs = node.get("outputs") or []
-    given = outputs[slot].get("type") if 0 <= slot < len(outputs) and isinstance(outputs[slot], dict) else wanted
+    given = outputs[slot].get("type") if 0 <= slot < len(outputs) else wanted
     if wanted in ("*", ""):
-        return inputs[slot] if slot < len(inputs) else inputs[0] if inputs else {}
+        return inputs[slot] if 0 <= slot < len(inputs) else inputs[0] if inputs else {}
 
     def fits(entry: dict[str, Any]) -> bool:
         return _connectable(entry.get("type"), given) and _connectable(entry.get("type"), wanted)
 
-    if slot < len(inputs) and fits(inputs[slot]):
+    if 0 <= slot < len(inputs) and fits(inputs[slot]):
         return inputs[slot]
     exact = [entry for entry in inputs if entry.get("type") == wanted]
     return next(iter(exact or [entry for entry in inputs if fits(entry)]), {})

@@ -48,9 +48,10 @@ def _apply(prompt: dict[str, dict[str, Any]], registry: dict[str, type], overrid
     item = find_input(cls.INPUT_TYPES(), name)
     if item is None:
         raise WorkflowError(f'--set: {label}: unknown input "{name}"{near(name, inputs_of(cls.INPUT_TYPES()))}')
-    if isinstance(node["inputs"].get(name), list):
-        raise WorkflowError(f'--set: {label}: input "{name}" comes over a link from '
-                            f"{node_label(str(node['inputs'][name][0]), prompt)}; set the value there")
+    link = node["inputs"].get(name)
+    if isinstance(link, list):
+        source = f" from {node_label(str(link[0]), prompt)}; set the value there" if link else ""
+        raise WorkflowError(f'--set: {label}: input "{name}" comes over a link{source}')
     node["inputs"][name] = _parse(f"--set: {label}", item, text)
 
 

@@ -8,7 +8,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from comfy_dancegrpo.errors import WorkflowError
 from comfy_dancegrpo.workflow.problems import label, shown
+from comfy_dancegrpo.workflow.shape import shape_problems
 
 # The ids that stand for a subgraph's own inputs and outputs inside its definition.
 INPUT_NODE, OUTPUT_NODE = "-10", "-20"
@@ -73,15 +75,19 @@ def title_of_saved(node: dict[str, Any]) -> str:
 
 def inputs_of_saved(node: dict[str, Any]) -> list[dict[str, Any]]:
     """The input slots of a saved node or subgraph definition."""
-    return [entry for entry in node.get("inputs") or [] if isinstance(entry, dict)]
+    return node.get("inputs") or []
 
 
 def build(data: dict[str, Any], problems: list[str]) -> Graph:
-    """The graph of a saved workflow; what is malformed is left out and appended to `problems`, one line each."""
-    definitions = data.get("definitions")
-    listed = definitions.get("subgraphs") if isinstance(definitions, dict) else None
-    known = {d["id"]: d for d in listed or [] if isinstance(d, dict) and isinstance(d.get("id"), str)}
-    return _Builder(known, problems).graph(data)
+    """The graph of a saved workflow; what cannot be followed in it is left out and appended to `problems`, one line each.
+
+    Raises WorkflowError when the workflow has not the shape of one (`shape_problems`).
+    """
+    malformed = shape_problems(data)
+    if malformed:
+        raise WorkflowError(*malformed)
+    listed = (data.get("definitions") or {}).get("subgraphs") or []
+    return _Builder({definition["id"]: definition for definition in listed}, problems).graph(data)
 
 
 class _Builder:
@@ -110,9 +116,7 @@ class _Builder:
     def _nodes(self, data: dict[str, Any], prefix: str) -> dict[str, dict[str, Any]]:
         nodes: dict[str, dict[str, Any]] = {}
         for node in data.get("nodes") or []:
-            if not isinstance(node, dict) or "id" not in node or not isinstance(node.get("type"), str):
-                self.problems.append(f"found {shown(node)} among the nodes, accepted: an object with 'id' and 'type'")
-            elif str(node["id"]) in nodes:
+            if str(node["id"]) in nodes:
                 self.problems.append(f"{label(prefix + str(node['id']), title_of_saved(node))}: two nodes have this id")
             else:
                 nodes[str(node["id"])] = node
