@@ -12,7 +12,7 @@ from comfy_dancegrpo.workflow.schema import object_info
 
 def node_class(required=None, optional=None, returns=(), **more):
     types = {"required": required or {}, **({"optional": optional} if optional else {})}
-    return type("Dummy", (), {"INPUT_TYPES": classmethod(lambda cls: types), "RETURN_TYPES": returns, "FUNCTION": "run", **more})
+    return type("Dummy", (), {"INPUT_TYPES": classmethod(lambda cls: types), "RETURN_TYPES": returns, **more})
 
 
 REGISTRY = {

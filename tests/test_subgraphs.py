@@ -79,7 +79,8 @@ def sampled(data):
 def test_an_instance_becomes_its_inner_nodes():
     assert convert(workflow()) == {
         "1": {"class_type": "Load", "inputs": {"name": "a"}, "_meta": {"title": "Load"}},
-        "5:3": {"class_type": "Sample", "inputs": {"model": ["1", 0], "seed": 7, "text": "within"}, "_meta": {"title": "Sample"}},
+        "5:3": {"class_type": "Sample", "inputs": {"model": ["1", 0], "seed": 7, "text": "within"},
+                "_meta": {"title": "Sample"}},
         "6": {"class_type": "Save", "inputs": {"image": ["5:3", 0]}, "_meta": {"title": "Save"}},
     }
 
@@ -171,6 +172,12 @@ def test_a_subgraph_that_holds_itself():
     subgraph = definition()
     subgraph["nodes"].append({"id": 9, "type": INNER, "inputs": [], "outputs": []})
     assert problems(workflow(subgraph=subgraph)) == [f'node 5:9 "{INNER}": a subgraph that holds itself']
+
+
+def test_subgraphs_that_double_at_every_level_are_refused():
+    ids = [f"{level:08}-2222-3333-4444-555555555555" for level in range(40)]
+    levels = [{"id": own, "nodes": [{"id": i, "type": held} for i in (1, 2)]} for own, held in zip(ids, ids[1:])]
+    assert problems(workflow(kind=ids[0], others=levels)) == ["the workflow holds more than 10000 subgraphs within subgraphs"]
 
 
 def test_a_definition_that_is_not_there():

@@ -11,7 +11,7 @@ from comfy_dancegrpo.workflow.validate import validate
 
 def node_class(required=None, optional=None, returns=(), hidden=None, **more):
     types = {"required": required or {}, "optional": optional or {}, "hidden": hidden or {}}
-    return type("Dummy", (), {"INPUT_TYPES": classmethod(lambda cls: types), "RETURN_TYPES": returns, "FUNCTION": "run", **more})
+    return type("Dummy", (), {"INPUT_TYPES": classmethod(lambda cls: types), "RETURN_TYPES": returns, **more})
 
 
 REGISTRY = {

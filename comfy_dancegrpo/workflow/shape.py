@@ -1,4 +1,4 @@
-"""Whether a saved graph has the shape that the conversion reads: it is data from a stranger, and nothing after this asks again."""
+"""Whether a saved graph has the shape that the conversion reads: it is data from a stranger, and nothing later asks again."""
 
 from __future__ import annotations
 

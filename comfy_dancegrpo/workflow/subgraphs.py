@@ -17,6 +17,8 @@ INPUT_NODE, OUTPUT_NODE = "-10", "-20"
 MUTED, BYPASSED = 2, 4
 CONTROL_VALUES = ("fixed", "increment", "decrement", "randomize", "increment-wrap")
 
+# Two instances of the next in each of thirty definitions would be a billion; no graph that someone drew comes near this.
+_MOST_INSTANCES = 10_000
 # Older editors named the widget of a node within an inner instance "12: text"; the prefixes may repeat.
 _OLD_NAME = re.compile(r"^\s*(\d+)\s*:\s*(.+)$")
 
@@ -81,7 +83,7 @@ def inputs_of_saved(node: dict[str, Any]) -> list[dict[str, Any]]:
 def build(data: dict[str, Any], problems: list[str]) -> Graph:
     """The graph of a saved workflow; what cannot be followed in it is left out and appended to `problems`, one line each.
 
-    Raises WorkflowError when the workflow has not the shape of one (`shape_problems`).
+    Raises WorkflowError when the workflow has not the shape of one (`shape_problems`), or expands without end.
     """
     malformed = shape_problems(data)
     if malformed:
@@ -94,6 +96,7 @@ class _Builder:
     def __init__(self, definitions: dict[str, dict[str, Any]], problems: list[str]):
         self.definitions = definitions
         self.problems = problems
+        self.instances = 0
 
     def graph(self, data: dict[str, Any], parent: Graph | None = None, host: dict[str, Any] | None = None,
               above: tuple[str, ...] = ()) -> Graph:
@@ -110,6 +113,9 @@ class _Builder:
                 self.problems.append(f"{graph.label(node)}: a subgraph that holds itself")
                 del graph.nodes[node_id]
                 continue
+            self.instances += 1
+            if self.instances > _MOST_INSTANCES:
+                raise WorkflowError(f"the workflow holds more than {_MOST_INSTANCES} subgraphs within subgraphs")
             graph.children[node_id] = self.graph(definition, graph, node, (*above, definition["id"]))
         return graph
 
