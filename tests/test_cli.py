@@ -174,6 +174,54 @@ def test_nothing_heavy_is_imported(dancegrpo, words):
         assert done.stdout == f"dancegrpo {comfy_dancegrpo.__version__}\n"
 
 
+COMFYUI = {  # as much of ComfyUI as lending its registry touches
+    "comfy/cli_args.py": "from types import SimpleNamespace\nargs = SimpleNamespace(cpu=False, front_end_root=None)\n",
+    "utils/extra_config.py": "",
+    "server.py": "class PromptServer:\n    def __init__(self, loop): PromptServer.instance = self\n",
+    "folder_paths.py": """
+folder_names_and_paths = {"loras": ([], set()), "custom_nodes": ([], set())}
+def add_model_folder_path(kind, folder, is_default=False): folder_names_and_paths[kind][0].insert(0, folder)
+def set_output_directory(folder): pass
+set_input_directory = set_temp_directory = set_output_directory
+""",
+    "nodes.py": """
+import torch, folder_paths
+class Mode:
+    RETURN_TYPES, FUNCTION, CATEGORY, OUTPUT_NODE = ("INT",), "run", "lent", True
+    INPUT_TYPES = classmethod(lambda cls: {"required": {"x": ("INT", {"default": 1})}})
+    def run(self, x):
+        from server import PromptServer
+        assert PromptServer.instance
+        print("inference mode", torch.is_inference_mode_enabled(), folder_paths.folder_names_and_paths)
+        return (x,)
+class Theirs(Mode): pass
+NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS = {"Body": Theirs}, {}
+async def init_extra_nodes(init_custom_nodes, init_api_nodes):
+    assert init_custom_nodes and not init_api_nodes
+    NODE_CLASS_MAPPINGS["Mode"] = Mode
+""",
+}
+
+
+def test_comfyui_lends_its_registry_and_ours_win(dancegrpo, tmp_path):
+    for name, text in COMFYUI.items():
+        (tmp_path / "ComfyUI" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "ComfyUI" / name).write_text(text)
+    (tmp_path / "flow.json").write_text(json.dumps(GRAPH | {"5": {"class_type": "Mode", "inputs": {"x": 1}}}))
+    assert "unknown node type 'Mode'" in dancegrpo("run", "flow.json").stderr
+    done = dancegrpo("run", "flow.json", "--comfyui", "ComfyUI")
+    assert done.returncode == 0 and "result 3" in done.stderr, done.stderr
+    loras = [str(tmp_path / "ComfyUI/models/loras")]
+    assert done.stdout.splitlines()[0] == f"inference mode True {{'loras': ({loras}, set()), 'custom_nodes': ([], set())}}"
+
+
+def test_a_comfyui_that_does_not_import_is_one_line(dancegrpo, tmp_path):
+    (tmp_path / "ComfyUI/comfy").mkdir(parents=True)
+    (tmp_path / "ComfyUI/nodes.py").write_text("")
+    done = dancegrpo("validate", "flow.json", "--comfyui", "ComfyUI")
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "requirements.txt" in done.stderr
+
+
 @pytest.mark.parametrize("missing", ["typer", "rich", "yaml"])
 def test_without_the_extra_one_line_says_what_to_install(dancegrpo, missing):
     done = dancegrpo("--help", program=PROGRAM.replace("import sys\n", f"import sys\nsys.modules[{missing!r}] = None\n", 1))

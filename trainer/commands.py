@@ -24,9 +24,10 @@ Output = Annotated[Path, typer.Option(help="Where runs and pictures are written.
 Models = Annotated[Optional[Path], typer.Option(help="The models folder: models, or ComfyUI's with --comfyui.", show_default=False)]
 ExtraModelPaths = Annotated[Optional[Path], typer.Option(metavar="FILE", help="ComfyUI's extra_model_paths.yaml.", show_default=False)]
 Input = Annotated[Optional[Path], typer.Option(help="Where Load Image looks: input, or ComfyUI's with --comfyui.", show_default=False)]
-ComfyUI = Annotated[Optional[Path], typer.Option("--comfyui", help="A ComfyUI folder that lends its nodes, for graphs with nodes that are not ours.", show_default=False)]
+ComfyUI = Annotated[Optional[Path], typer.Option("--comfyui", help="A ComfyUI folder that lends its nodes.", show_default=False)]
 Run = Annotated[Optional[str], typer.Option(metavar="NAME", help="The run's name: its folder under the output folder.", show_default=False)]
-Set = Annotated[Optional[list[str]], typer.Option("--set", metavar="NODE.INPUT=VALUE", help="Changes a widget; NODE is a title or an id. Repeatable.", show_default=False)]
+Set = Annotated[Optional[list[str]], typer.Option("--set", metavar="NODE.INPUT=VALUE", show_default=False,
+                                                       help="Changes a widget; NODE is a title or an id. Repeatable.")]
 Iterations = Annotated[Optional[int], typer.Option(help="How many iterations the loop runs.", show_default=False)]
 Seed = Annotated[Optional[int], typer.Option(help="The run's seed.", show_default=False)]
 Debug = Annotated[bool, typer.Option("--debug", help="Shows the traceback of a fault.")]

@@ -24,12 +24,13 @@ def lend(root: Path, output: Path, input: Path, paths: ModelPaths) -> tuple[dict
     sys.path.insert(0, str(root.resolve()))
     try:
         return _import(output, input, paths)
-    except (ImportError, SystemExit) as error:
-        raise WorkflowError(f"--comfyui: {root}: cannot be imported here ({error}); its requirements are in "
+    except (Exception, SystemExit) as error:  # whatever its packages raise where they do not fit together
+        raise WorkflowError(f"--comfyui: {root}: cannot be imported here ({' '.join(str(error).split())}); its requirements are in "
                             f"{root / 'requirements.txt'}") from error
 
 
 def _import(output: Path, input: Path, paths: ModelPaths) -> tuple[dict[str, type], dict[str, str]]:
+    importlib.import_module("utils.extra_config")  # first, as ComfyUI does: other packages have a `utils` too
     _choose_device(importlib.import_module("comfy.cli_args").args)
     folder_paths = importlib.import_module("folder_paths")
     _share_folders(folder_paths, output, input, paths)

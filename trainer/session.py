@@ -104,7 +104,8 @@ def _loop_overrides(prompt: dict[str, Any], registry: dict[str, type], options: 
 
 def loop_starts(prompt: dict[str, Any], registry: dict[str, type]) -> list[str]:
     """The ids of the Loop Starts of a prompt that may not have been checked yet."""
-    return [n for n, node in prompt.items() if isinstance(node, dict) and getattr(registry.get(str(node.get("class_type"))), "LOOP_START", False)]
+    classes = {n: registry.get(str(node.get("class_type"))) for n, node in prompt.items() if isinstance(node, dict)}
+    return [n for n, node_class in classes.items() if getattr(node_class, "LOOP_START", False)]
 
 
 def resume_command(host: ConsoleHost, workflow: Path, options: Options) -> str:
