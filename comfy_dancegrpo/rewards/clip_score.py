@@ -25,8 +25,8 @@ NEEDS_MODEL = True
 
 def load(folder: Path):
     with processes.outside_inference_mode():
-        model = CLIPModel.from_pretrained(folder, dtype=torch.float32, local_files_only=True, use_safetensors=True)
-        model = model.requires_grad_(False).eval().to(processes.device())
+        model = CLIPModel.from_pretrained(folder, local_files_only=True, use_safetensors=True)
+        model = model.float().requires_grad_(False).eval().to(processes.device())
     tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
     processor = CLIPImageProcessor.from_pretrained(folder, local_files_only=True)
     length = model.config.text_config.max_position_embeddings
@@ -35,7 +35,7 @@ def load(folder: Path):
     def clip_score(pictures: Tensor, prompts: Sequence[str]) -> Tensor:
         pixels = processor([p.cpu().numpy() for p in pictures], do_rescale=False, return_tensors="pt", input_data_format="channels_last")
         tokens = tokenizer(list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt")
-        output = model(input_ids=tokens.input_ids.to(model.device), attention_mask=None, pixel_values=pixels.pixel_values.to(model.device))
+        output = model(input_ids=tokens.input_ids.to(model.device), pixel_values=pixels.pixel_values.to(model.device))
         return (output.image_embeds * output.text_embeds).sum(-1)
 
     return clip_score

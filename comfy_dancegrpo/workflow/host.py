@@ -14,7 +14,8 @@ from typing import Any
 class Host:
     """A silent host with folders under the working directory; programs subclass it.
 
-    `registry` maps a node's class type to its class, as ComfyUI's NODE_CLASS_MAPPINGS does.
+    `registry` maps a node's class type to its class, as ComfyUI's NODE_CLASS_MAPPINGS does. `workflow_source` and `prompt` are
+    the workflow as given (its JSON, in bytes) and as executed, where known; `run_folder` is where a run writes, once it started.
     """
 
     def __init__(self, registry: dict[str, type] | None = None, output: Path | str = "output", input: Path | str = "input",
@@ -24,6 +25,9 @@ class Host:
         self.input_folder = Path(input)
         self.models_folder = Path(models)
         self.extra_model_folders = dict(extra_model_folders or {})
+        self.workflow_source = b""
+        self.prompt: dict[str, dict] = {}
+        self.run_folder: Path | None = None
 
     def model_folders(self, kind: str) -> list[Path]:
         """The folders searched for models of a kind ("diffusers", "checkpoints", "reward_models", "loras"), best first."""
@@ -60,6 +64,7 @@ class Host:
 
     def run_started(self, folder: Path) -> None:
         """A run writes to `folder` from now on; what stops the program later can say how to resume it."""
+        self.run_folder = Path(folder)
 
     def around(self, node_class: type) -> contextlib.AbstractContextManager:
         """What a node of this class is called under: classes that ComfyUI lends expect `torch.inference_mode()`."""

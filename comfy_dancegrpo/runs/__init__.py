@@ -1,0 +1,1 @@
+"""The run folder, checkpoints, metrics, and the session that a loop trains in."""

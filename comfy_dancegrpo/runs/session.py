@@ -1,0 +1,205 @@
+"""The session that a loop trains in: the live policy, the prompts of each iteration, metrics and checkpoints."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from ..errors import RunError
+from ..grpo.learner import Learner, OptimizerSettings
+from ..grpo.noise import generator
+from ..grpo.protocol import Conditioning
+from ..grpo.update import UpdateStats
+from ..lora import files
+from ..lora.adapter import Adapter, LoraSettings, LoraSnapshot
+from ..policies.base import Policy
+from ..workflow.host import host
+from . import checkpoints, metrics
+from .folder import RunFolder, choose
+
+
+@dataclass(frozen=True)
+class PromptList:
+    """Prompts in order; `name` is where they come from."""
+
+    prompts: tuple[str, ...]
+    name: str = "text"
+
+
+@dataclass(frozen=True)
+class LoopSettings:
+    """What Loop Start asks. checkpoint_every: iterations; 0 writes one at the end alone. micro_batch: samples in every
+    denoiser call of the run (DESIGN: one batch shape)."""
+
+    run_name: str = "run"
+    iterations: int = 60
+    prompts_per_iteration: int = 4
+    seed: int = 0
+    micro_batch: int = 16
+    checkpoint_every: int = 20
+    on_existing: str = "new"
+    lora: LoraSettings = LoraSettings()
+    optimizer: OptimizerSettings = OptimizerSettings()
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """A run as Loop End gives it: its folder and its metrics, a row an iteration."""
+
+    folder: Path
+    rows: tuple[dict, ...] = field(repr=False)
+
+
+class LivePolicy:
+    """The policy inside a loop, the one value of the graph that changes: every Update trains it."""
+
+    def __init__(self, policy: Policy, learner: Learner, settings: LoopSettings):
+        self.policy, self.learner, self.settings = policy, learner, settings
+        self.iteration = 0
+        self._encoded: dict[str, Conditioning] = {}
+
+    def encode(self, prompts: tuple[str, ...]) -> Conditioning:
+        return encode(self.policy, prompts, self._encoded)
+
+
+def encode(policy: Policy, prompts: tuple[str, ...], cache: dict[str, Conditioning]) -> Conditioning:
+    """Each prompt alone, once: its encoding does not depend on which others came with it."""
+    with torch.no_grad():
+        for prompt in prompts:
+            if prompt not in cache:
+                cache[prompt] = policy.encode([prompt])
+    rows = [cache[prompt].tensors for prompt in prompts]
+    return Conditioning({name: torch.cat([r[name] for r in rows]) for name in rows[0]})
+
+
+def prompts_of(iteration: int, prompts: tuple[str, ...], count: int, seed: int) -> tuple[str, ...]:
+    """The prompts of an iteration: each epoch is a permutation keyed by (seed, epoch), read on without a break."""
+    picked = []
+    for position in range(iteration * count, (iteration + 1) * count):
+        epoch, place = divmod(position, len(prompts))
+        order = torch.randperm(len(prompts), generator=generator("prompts", seed, epoch))
+        picked.append(prompts[int(order[place])])
+    return tuple(picked)
+
+
+class Session:
+    """One run. Use as a context: on leaving, the adapter comes off, and what was trained so far is kept on disk."""
+
+    def __init__(self, policy: Policy, prompts: PromptList, settings: LoopSettings, fingerprint: str):
+        if not prompts.prompts:
+            raise RunError("there are no prompts to train on")
+        self.policy, self.prompts, self.settings = policy, prompts, settings
+        self.folder, self.action = choose(settings.run_name, fingerprint, settings.iterations, settings.on_existing)
+        self._fingerprint, self._done, self._saved, self._start = fingerprint, 0, -1, 0.0
+        self.first_reward: float | None = None
+
+    def __enter__(self) -> Session:
+        settings = self.settings
+        with torch.inference_mode(False):
+            self.adapter = Adapter(self.policy, settings.lora, settings.seed)
+            try:
+                learner = Learner(self.policy, self.adapter.parameters, settings.optimizer, run=self.folder.name)
+                self.live = LivePolicy(self.policy, learner, settings)
+                if self.action == "start":
+                    self.folder.create(self._fingerprint)
+                else:
+                    self._load()
+                self._state = learner.state()
+            except BaseException:
+                self.adapter.remove()
+                raise
+        host().run_started(self.folder.path)
+        return self
+
+    def _load(self) -> None:
+        found = checkpoints.newest(self.folder.checkpoints)
+        if found is None:
+            host().say(f"run {self.folder.name!r} in {self.folder.path} has no checkpoint yet; it starts from the beginning")
+        else:
+            self._done, tensors, micro_batch = found
+            if micro_batch != self.settings.micro_batch:
+                host().say(f"the micro-batch size changes from {micro_batch} to {self.settings.micro_batch}: "
+                           "from here on the run is not bit for bit what it would have been")
+            self.live.learner.load_state(tensors)
+            self._saved = self._done
+            if self.action == "resume":
+                host().say(f"run {self.folder.name!r} in {self.folder.path} goes on after iteration {self._done}")
+            else:
+                host().say(f"run {self.folder.name!r} in {self.folder.path} is finished and unchanged; nothing is trained "
+                           '("on_existing" restart trains it again)')
+        metrics.cut_after(self.folder.metrics, self._done)
+        rows = metrics.read(self.folder.metrics)
+        self.first_reward = rows[0]["reward_mean"] if rows else None
+
+    @property
+    def finished(self) -> bool:
+        return self._done >= self.settings.iterations
+
+    def begin(self) -> tuple[LivePolicy, PromptList, int]:
+        """Loop Start's outputs for the next iteration."""
+        host().check_interrupt()
+        self._start = time.perf_counter()
+        self.live.iteration = self._done
+        s = self.settings
+        picked = prompts_of(self._done, self.prompts.prompts, s.prompts_per_iteration, s.seed)
+        return self.live, PromptList(picked, f"{self.prompts.name}, iteration {self._done + 1}"), self._done + 1
+
+    def end(self, stats: UpdateStats) -> None:
+        """Writes the iteration's metrics, and a checkpoint when one is due. Raises `RunError` when the policy was not updated."""
+        if self.live.learner.version[1] != self._done + 1:
+            raise RunError(f"the loop's body updated the policy {self.live.learner.version[1] - self._done} times in one iteration; "
+                           "accepted: once")
+        self._done += 1
+        row = metrics.row(self._done, stats, self.settings.optimizer.learning_rate, time.perf_counter() - self._start)
+        metrics.append(self.folder.metrics, row)
+        self._state = self.live.learner.state()
+        every = self.settings.checkpoint_every
+        if self.finished or (every and self._done % every == 0):
+            self._save("finished" if self.finished else "running")
+        if self.first_reward is None:
+            self.first_reward = row["reward_mean"]
+        host().progress(self._done, self.settings.iterations, self._line(row))
+
+    def _line(self, row: dict) -> str:
+        line = (f"reward {row['reward_mean']:.4f} ({row['reward_mean'] - self.first_reward:+.4f}), "
+                f"spread in groups {row['group_std']:.4f}, {row['seconds']['total']:.2f} s")
+        if row["ratio_deviation"] > self.ratio_limit:
+            line += f"; WARNING: ratio deviation {row['ratio_deviation']:.1e}: replay differs from the rollout"
+        if row["flat_groups"]:
+            line += f"; {row['flat_groups']} groups without spread"
+        return line
+
+    @property
+    def ratio_limit(self) -> float:
+        """0 in float32; in half precision replay may round differently, within what the clip range of 1e-4 lets through."""
+        return 0.0 if self.policy.dtype == torch.float32 else 1e-4
+
+    def _save(self, state: str) -> None:
+        if self._saved != self._done:
+            checkpoints.save(self.folder.checkpoints, self._done, self._state, self.settings.micro_batch)
+            self._saved = self._done
+        self.folder.write_record(state=state, iterations=self._done, fingerprint=self._fingerprint)
+
+    def snapshot(self) -> LoraSnapshot:
+        """The adapter after the last whole iteration: its moving average where that is on."""
+        averaged = self.live.learner.ema is not None
+        prefix = "ema." if averaged else "parameters."
+        tensors = {name.removeprefix(prefix): value.float() for name, value in self._state.items() if name.startswith(prefix)}
+        return LoraSnapshot(tensors, self.settings.lora, self.policy.name, self.policy.lora_prefix, self._done, averaged,
+                            self.folder.path, self.prompts.prompts)
+
+    def record(self) -> RunRecord:
+        return RunRecord(self.folder.path, tuple(metrics.read(self.folder.metrics)))
+
+    def __exit__(self, kind, error, trace) -> None:
+        self.adapter.remove()
+        if kind is None or self._done == 0 or self.finished:
+            return
+        self._save("stopped")  # a full disk raises here too: the former checkpoint is then still whole
+        path = self.folder.lora / f"{self.folder.name}.safetensors"
+        files.save(self.snapshot(), path)
+        host().say(f"stopped after iteration {self._done}: checkpoint in {self.folder.checkpoints}, LoRA so far in {path}")
+
