@@ -7,8 +7,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from .gaussian import Gaussian
 from .protocol import CallCount, Conditioning, Denoiser, SamplingPlan
-from .transitions import TRANSITIONS, Gaussian
+from .transitions import TRANSITIONS
 
 
 def micro_batches(count: int, size: int) -> Iterator[tuple[Tensor, int]]:

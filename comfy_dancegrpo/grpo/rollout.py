@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from .forward import micro_batches, step
+from .gaussian import Gaussian, log_prob
 from .noise import generator
 from .protocol import CallCount, Conditioning, Denoiser, Rollout, SamplingPlan, at_least_float32
-from .transitions import TRANSITIONS, log_prob
+from .transitions import TRANSITIONS
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ def sample(policy: Denoiser, request: Request, conditioning: Conditioning, plan:
     )
 
 
-def _draw(gaussian, sources: list[torch.Generator]) -> tuple[Tensor, Tensor]:
+def _draw(gaussian: Gaussian, sources: list[torch.Generator]) -> tuple[Tensor, Tensor]:
     """x_next ~ the Gaussian, each row from its own generator, and its log-probability [B]."""
     mean = at_least_float32(gaussian.mean)
     if not bool((gaussian.std > 0).all()):

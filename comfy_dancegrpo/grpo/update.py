@@ -12,10 +12,10 @@ from torch import Tensor
 
 from . import objectives
 from .forward import micro_batches, step
+from .gaussian import log_prob
 from .learner import Learner
 from .noise import generator
 from .protocol import Advantages, CallCount, Rollout
-from .transitions import log_prob
 
 
 class StaleRollout(ValueError):

@@ -16,17 +16,10 @@ from ..grpo.update import UpdateStats
 from ..lora import files
 from ..lora.adapter import Adapter, LoraSettings, LoraSnapshot
 from ..policies.base import Policy
+from ..prompts import PromptList
 from ..workflow.host import host
 from . import checkpoints, metrics
 from .folder import RunFolder, choose
-
-
-@dataclass(frozen=True)
-class PromptList:
-    """Prompts in order; `name` is where they come from."""
-
-    prompts: tuple[str, ...]
-    name: str = "text"
 
 
 @dataclass(frozen=True)

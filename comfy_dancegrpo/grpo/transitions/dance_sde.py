@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from . import Gaussian
+from ..gaussian import Gaussian
 
 
 def dance_sde(x: Tensor, velocity: Tensor, sigma: Tensor, sigma_next: Tensor, eta: float) -> Gaussian:

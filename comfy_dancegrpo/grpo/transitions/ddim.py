@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from . import Gaussian
+from ..gaussian import Gaussian
 
 
 def ddim(x: Tensor, epsilon: Tensor, alpha_bar: Tensor, alpha_bar_next: Tensor, eta: float) -> Gaussian:

@@ -1,0 +1,80 @@
+"""Evaluation: a policy with and without a LoRA, on prompts it was not trained on, from the same noise."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from statistics import NormalDist
+
+import torch
+from torch import Tensor
+
+from ..grpo.protocol import SamplingPlan
+from ..grpo.rollout import Request, sample
+from ..grpo.transitions import TRANSITIONS
+from ..lora.adapter import LoraSnapshot, applied
+from ..policies.base import Policy
+from ..rewards import Reward
+from ..workflow.host import host
+from .session import encode
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Scores of one reward before and after, [N] each, paired by prompt and noise."""
+
+    reward: str
+    before: Tensor = field(repr=False)
+    after: Tensor = field(repr=False)
+
+    def summary(self) -> dict[str, float]:
+        """before, after, gain (means), ci95 (its two bounds), t of the paired difference, n."""
+        difference = (self.after - self.before).double()
+        n, gain = len(difference), difference.mean().item()
+        error = difference.std().item() / math.sqrt(n) if n > 1 else math.nan
+        reach = t_quantile(0.975, n - 1) * error if n > 1 else math.nan
+        t = gain / error if error > 0 else math.copysign(math.inf, gain) if gain and n > 1 else 0.0
+        return {"before": self.before.double().mean().item(), "after": self.after.double().mean().item(), "gain": gain,
+                "ci95": [gain - reach, gain + reach], "t": t, "n": n}
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """comparisons: one a reward. pictures: before and after, [N, H, W, 3] float32 in 0..1, in the order of `prompts`."""
+
+    prompts: tuple[str, ...] = field(repr=False)
+    comparisons: tuple[Comparison, ...]
+    before: Tensor = field(repr=False)
+    after: Tensor = field(repr=False)
+
+
+def t_quantile(p: float, degrees: int) -> float:
+    """Student's t, by the expansion around the normal (Abramowitz and Stegun 26.7.5); within 0.5 % from 4 degrees on."""
+    z = NormalDist().inv_cdf(p)
+    terms = ((z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96, (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384)
+    return z + sum(term / degrees ** (k + 1) for k, term in enumerate(terms))
+
+
+def evaluate(policy: Policy, snapshot: LoraSnapshot, prompts: tuple[str, ...], rewards: Sequence[Reward], plan: SamplingPlan,
+             seed: int, micro_batch: int) -> Evaluation:
+    """Samples each prompt once without and once with the LoRA, from the same noise (fixed by the seed), and scores both."""
+    request = Request(prompts, 1, policy.latent_shape(plan.height, plan.width), seed, iteration=-1, micro_batch=micro_batch)
+
+    def pictures(done: int) -> Tensor:
+        def tick(now: int, total: int) -> None:
+            host().check_interrupt()
+            host().progress(done + now, 2 * total)
+        return sample(policy, request, encode(policy, prompts, {}), plan, ("evaluation", 0), tick=tick).pictures
+
+    with torch.inference_mode(False):
+        before = pictures(0)
+        with applied(policy, snapshot):
+            after = pictures(len(prompts))
+        comparisons = [Comparison(r.name, r(before, prompts), r(after, prompts)) for r in rewards]
+    return Evaluation(prompts, tuple(comparisons), before, after)
+
+
+def evaluation_transition(process: str) -> str:
+    """The name of the transition that evaluates a process without noise: the first of it that `eta` 0 makes deterministic."""
+    return "ode" if process == "flow" else next(t.name for t in TRANSITIONS.values() if t.process == process)

@@ -1,0 +1,100 @@
+"""Pictures that a run shows: the before/after grid, the curves, contact sheets."""
+
+from __future__ import annotations
+
+import textwrap
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from .evaluate import Evaluation
+
+PAPER, INK, FAINT, GOOD, BAD = (255, 255, 255), (30, 30, 30), (120, 120, 120), (20, 130, 60), (190, 40, 40)
+
+
+def to_image(picture: Tensor) -> Image.Image:
+    """[H, W, 3] in 0..1 to 8 bits."""
+    return Image.fromarray((picture.cpu().float().numpy() * 255).round().clip(0, 255).astype(np.uint8))
+
+
+def to_tensor(image: Image.Image) -> Tensor:
+    """ComfyUI's IMAGE: [1, H, W, 3] float32 in 0..1."""
+    return torch.from_numpy(np.asarray(image.convert("RGB"), dtype=np.float32) / 255)[None]
+
+
+def before_after(evaluation: Evaluation, columns: int = 8, rows: int = 2) -> Image.Image:
+    """Pairs, before above after, spread evenly over the prompts; under each its prompt, at each its score by the first reward."""
+    count = min(columns * rows, len(evaluation.prompts))
+    picked = [i * len(evaluation.prompts) // count for i in range(count)]
+    columns = min(columns, count)
+    height, width = evaluation.before.shape[1:3]
+    zoom = max(1, round(150 / width))
+    cell_w, picture_h = max(width * zoom, 96), height * zoom
+    font, small = ImageFont.load_default(13), ImageFont.load_default(11)
+    scores = evaluation.comparisons[0]
+    lines = 4
+    pair_h, left, gap = 2 * (picture_h + 16) + 14 * lines + 14, 52, 8
+    sheet = Image.new("RGB", (left + columns * (cell_w + gap) + gap, -(-count // columns) * pair_h + 34), PAPER)
+    pen = ImageDraw.Draw(sheet)
+    pen.text((gap, 8), f"the same noise before and after training; scores by {scores.reward}", INK, font)
+    for k, i in enumerate(picked):
+        x, y = left + (k % columns) * (cell_w + gap), 34 + (k // columns) * pair_h
+        for name, pictures, values, dy in (("before", evaluation.before, scores.before, 0),
+                                           ("after", evaluation.after, scores.after, picture_h + 16)):
+            if k % columns == 0:
+                pen.text((gap, y + dy + picture_h // 2 - 7), name, INK, font)
+            sheet.paste(to_image(pictures[i]).resize((width * zoom, picture_h), Image.Resampling.NEAREST), (x, y + dy))
+            better = values[i] - scores.before[i]
+            pen.text((x, y + dy + picture_h + 1), f"{values[i]:.3f}", GOOD if better > 0.005 else BAD if better < -0.005 else FAINT, small)
+        wrapped = textwrap.wrap(evaluation.prompts[i], max(12, cell_w // 6))
+        for n, line in enumerate(wrapped[:lines]):
+            pen.text((x, y + 2 * (picture_h + 16) + 14 * n), line if n < lines - 1 or len(wrapped) <= lines else line + " …", FAINT, small)
+    return sheet
+
+
+def contact_sheet(pictures: list[Tensor]) -> Image.Image:
+    """Pictures of one size or several in a near-square grid."""
+    images = [to_image(p) for p in pictures]
+    columns = int(np.ceil(np.sqrt(len(images) * 1.6)))
+    w, h = max(i.width for i in images), max(i.height for i in images)
+    sheet = Image.new("RGB", (columns * (w + 2) + 2, -(-len(images) // columns) * (h + 2) + 2), PAPER)
+    for k, image in enumerate(images):
+        sheet.paste(image, (2 + k % columns * (w + 2), 2 + k // columns * (h + 2)))
+    return sheet
+
+
+def curves(rows: tuple[dict[str, Any], ...], title: str, width: int = 960, height: int = 640) -> Image.Image:
+    """Reward with its spread, the spread within groups, clip fraction and KL, gradient norm, against the iteration."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width / 100, height / 100), dpi=100, layout="constrained")
+    top, *below = figure.subplot_mosaic([["reward"] * 3, ["spread", "clip", "norm"]], height_ratios=[2, 1]).values()
+    iterations = np.array([r["iteration"] for r in rows])
+
+    def values(key: str) -> np.ndarray:
+        return np.array([r[key] for r in rows], dtype=float)
+
+    mean, std = values("reward_mean"), values("reward_std")
+    top.fill_between(iterations, mean - std, mean + std, alpha=0.15, linewidth=0)
+    top.plot(iterations, mean, alpha=0.45, linewidth=1, label="reward of the iteration's samples (band: their spread)")
+    window = max(1, len(rows) // 12)
+    if len(rows) >= 2 * window:
+        smooth = np.convolve(mean, np.ones(window) / window, mode="valid")
+        top.plot(iterations[window - 1:], smooth, color="C0", linewidth=2.2, label=f"mean of {window} iterations")
+    top.set_title(title)
+    top.legend(loc="lower right", frameon=False)
+    for axes, key, name in zip(below, ("group_std", "clip_fraction", "grad_norm"),
+                               ("spread within groups", "share of clipped ratios", "gradient norm")):
+        axes.plot(iterations, values(key), linewidth=1.2)
+        axes.set_title(name, fontsize=10)
+        axes.set_xlabel("iteration", fontsize=9)
+    for axes in (top, *below):
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.2)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3].copy())
