@@ -15,18 +15,18 @@ def group_advantages(values: Tensor, groups: Tensor) -> tuple[Tensor, Tensor, Te
         values: [N] scores. groups: [N] int64 in 0..P-1, each group with at least two members.
 
     Returns:
-        advantages [N], 0 in flat groups; flat [P] bool, where std <= 1e-6 (1 + |mean|); std [P].
+        advantages [N], 0 in flat groups; flat [P] bool, where std <= 1e-6 (1 + |mean|); std [P] float64.
     """
     advantages = torch.zeros_like(values)
     count = int(groups.max()) + 1
-    flat, stds = torch.zeros(count, dtype=torch.bool), torch.zeros(count, dtype=values.dtype)
+    flat, stds = torch.zeros(count, dtype=torch.bool), torch.zeros(count, dtype=torch.float64)
     for g in range(count):
         rows = groups == g
-        member = values[rows]
+        member = values[rows].double()  # in float32 the mean of scores near 1000 is off by 1e-4 of a spread of 0.5
         mean, stds[g] = member.mean(), member.std()
         flat[g] = stds[g] <= 1e-6 * (1 + mean.abs())
         if not flat[g]:
-            advantages[rows] = (member - mean) / (stds[g] + 1e-8)
+            advantages[rows] = ((member - mean) / (stds[g] + 1e-8)).to(values.dtype)
     return advantages, flat, stds
 
 
