@@ -87,11 +87,12 @@ def update(learner: Learner, advantages: Advantages, settings: UpdateSettings,
                          "sample with a stochastic transition, eta above 0 and at least 2 steps")
     parts, calls = shares(rollout, advantages.flat, settings), CallCount()
     total, done = sum(map(len, parts)), 0
-    losses, ratios, logs, norms = [], [], [], []
-    with torch.enable_grad():
+    losses, ratios, norms = [], [], []
+    learner.zero_grad()  # of an update that was interrupted
+    with torch.inference_mode(False), torch.enable_grad():
         for pairs in parts:
             for loss, ratio in _accumulate(learner, advantages, pairs, settings.clip_range, calls):
-                losses.append(loss), ratios.append(ratio), logs.append(ratio.log())
+                losses.append(loss), ratios.append(ratio)
                 done += len(ratio)
                 tick(done, total)
             norm = learner.clip_grad_norm(settings.max_grad_norm)
@@ -103,12 +104,12 @@ def update(learner: Learner, advantages: Advantages, settings: UpdateSettings,
     learner.finish_iteration()
     if not total:
         return UpdateStats(0.0, 0.0, 0.0, 0.0, 0.0, 0, calls, time.perf_counter() - start, advantages)
-    first, every, log_ratio = ratios[: -(-len(parts[0]) // rollout.micro_batch)], torch.cat(ratios), torch.cat(logs)
+    every = torch.cat(ratios).cpu().double()  # float32 has no digit left of rho - 1 - log(rho) where rho is near 1
     return UpdateStats(
         loss=torch.cat(losses).mean().item(),
-        ratio_deviation=(torch.cat(first) - 1).abs().max().item(),
-        clip_fraction=((every - 1).abs() > settings.clip_range).float().mean().item(),
-        approx_kl=(every - 1 - log_ratio).mean().item(),
+        ratio_deviation=(every[: len(parts[0])] - 1).abs().max().item(),
+        clip_fraction=((every - 1).abs() > settings.clip_range).double().mean().item(),
+        approx_kl=(every - 1 - every.log()).mean().item(),
         grad_norm=sum(norms) / len(norms), transitions=total, calls=calls,
         seconds=time.perf_counter() - start, advantages=advantages,
     )
