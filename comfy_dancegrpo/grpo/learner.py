@@ -77,6 +77,7 @@ class Learner:
                 self.ema[name].copy_(tensors[f"ema.{name}"])
             slots = {key: tensors[f"optimizer.{key}.{name}"] for key in ("step", "exp_avg", "exp_avg_sq")
                      if f"optimizer.{key}.{name}" in tensors}
+            self.optimizer.state.pop(p, None)
             if slots:
                 self.optimizer.state[p] = {k: v.clone() if k == "step" else v.to(p.device).clone() for k, v in slots.items()}
         self.version = (self.version[0], int(tensors["version"]))
