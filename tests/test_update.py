@@ -1,0 +1,387 @@
+"""The update: its whole gradient against finite differences of a loss written in numpy, and all that it promises besides.
+
+The policy is a multilayer perceptron in float64. `numpy_pairs` computes the same quantities from the rollout's tensors and the
+parameters alone, with nothing of the library in it.
+"""
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from comfy_dancegrpo.grpo.advantages import combine
+from comfy_dancegrpo.grpo.learner import Learner, OptimizerSettings
+from comfy_dancegrpo.grpo.protocol import Conditioning, SamplingPlan, Scores, TimeGrid
+from comfy_dancegrpo.grpo.rollout import Request, sample
+from comfy_dancegrpo.grpo.update import NotFinite, StaleRollout, UpdateSettings, chosen_transitions, shares, update
+
+LATENT, WORDS, HIDDEN, STEPS, PROMPTS, GROUP = 6, 9, 16, 5, 3, 4
+ETA = 0.5
+PAIRS = [(n, t) for n in range(PROMPTS * GROUP) for t in range(STEPS - 1)]
+ALL = UpdateSettings(clip_range=1e-3, train_fraction=1.0, max_grad_norm=1e9)
+
+
+class Perceptron:
+    """A flow on latents [B, 6], in layers 16 wide, that are their own picture; see `grpo.protocol.Denoiser`."""
+
+    process = "flow"
+
+    def __init__(self, dtype=torch.float64, seed=0):
+        self.net = torch.nn.Sequential(torch.nn.Linear(LATENT + 1 + WORDS, HIDDEN), torch.nn.Tanh(), torch.nn.Linear(HIDDEN, LATENT))
+        self.net.to(dtype)
+        source = torch.Generator().manual_seed(seed)
+        for p in self.net.parameters():
+            p.data = torch.randn(p.shape, generator=source, dtype=torch.float64).to(dtype) * 0.5
+
+    def predict(self, latents, timesteps, conditioning, plan):
+        return self.net(torch.cat([latents, timesteps[:, None] / 1000, conditioning.tensors["words"]], 1))
+
+    def decode(self, latents, plan):
+        return latents[:, None, :3, None].expand(-1, 1, 3, 3).movedim(2, 3)
+
+
+class Recorder(Learner):
+    """Keeps a copy of the parameters and the gradient that each optimizer step starts from, and the parameters after it."""
+
+    def __init__(self, policy, run="toy", **settings):
+        super().__init__(policy, dict(policy.net.named_parameters()),
+                         OptimizerSettings(**{"learning_rate": 1e-3, "weight_decay": 0.0, **settings}), run)
+        self.before, self.gradients, self.after = [], [], []
+
+    def optimizer_step(self):
+        self.before.append(flat(self.parameters.values()))
+        self.gradients.append(flat(p.grad for p in self.parameters.values()))
+        super().optimizer_step()
+        self.after.append(flat(self.parameters.values()))
+
+
+def flat(tensors):
+    return torch.cat([t.detach().reshape(-1) for t in tensors]).double().numpy().copy()
+
+
+def rollout_of(learner, iteration=0, micro_batch=7, dtype=torch.float64, eta=ETA):
+    levels = torch.linspace(1, 0, STEPS + 1, dtype=dtype)
+    plan = SamplingPlan(TimeGrid(levels, levels[:-1] * 1000), eta=eta, height=1, width=3)
+    words = torch.randn(PROMPTS, WORDS, generator=torch.Generator().manual_seed(9), dtype=torch.float64).to(dtype)
+    request = Request(tuple("abc"), GROUP, (LATENT,), seed=4, iteration=iteration, micro_batch=micro_batch)
+    return sample(learner.policy, request, Conditioning({"words": words}), plan, learner.version)
+
+
+def advantages_of(rollout, flat_group=None):
+    values = torch.randn(rollout.size, generator=torch.Generator().manual_seed(2))
+    if flat_group is not None:
+        values[rollout.groups == flat_group] = 0.25
+    return combine(Scores(rollout, (("toy", 1.0, values),)))
+
+
+def drifted(learner, scale=2e-3):
+    """Moves the policy away from where its rollout was sampled, so that ratios leave 1 and both branches of the clip are met."""
+    source = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for p in learner.parameters.values():
+            p += scale * torch.randn(p.shape, generator=source, dtype=torch.float64).to(p.dtype)
+
+
+def case(drift=2e-3, flat_group=None, micro_batch=7, **settings):
+    learner = Recorder(Perceptron(), **settings)
+    advantages = advantages_of(rollout_of(learner, micro_batch=micro_batch), flat_group)
+    drifted(learner, drift)
+    return learner, advantages
+
+
+# -- the independent computation ------------------------------------------------------------------------------------------------
+def numpy_pairs(parameters, advantages, pairs, clip_range):
+    """(losses, ratios) of the (sample, step) pairs, in float64."""
+    rollout = advantages.scores.rollout
+    n, t = np.array(pairs).T
+    split = np.cumsum([HIDDEN * (LATENT + 1 + WORDS), HIDDEN, LATENT * HIDDEN])
+    w1, b1, w2, b2 = np.split(parameters, split)
+    states = rollout.states.double().numpy()
+    x, x_next = states[n, t], states[n, t + 1]
+    sigma = np.linspace(1, 0, STEPS + 1)[t, None]
+    words = rollout.conditioning.tensors["words"].double().numpy()[rollout.groups.numpy()[n]]
+    hidden = np.tanh(np.concatenate([x, sigma, words], 1) @ w1.reshape(HIDDEN, -1).T + b1)
+    velocity = hidden @ w2.reshape(LATENT, HIDDEN).T + b2
+    h, noise = 1 / STEPS, x + (1 - sigma) * velocity  # the score is -noise / sigma
+    mean, std = x - h * velocity - ETA**2 / 2 * h * noise / sigma, ETA * math.sqrt(h)
+    log_prob = (-((x_next - mean) ** 2) / (2 * std**2) - math.log(std) - math.log(2 * math.pi) / 2).mean(1)
+    ratio = np.exp(log_prob - rollout.log_probs.double().numpy()[n, t])
+    a = advantages.values.double().numpy()[n]
+    return np.maximum(-a * ratio, -a * np.clip(ratio, 1 - clip_range, 1 + clip_range)), ratio
+
+
+def finite_difference(parameters, advantages, pairs, clip_range, h=1e-6):
+    def loss(change):
+        return numpy_pairs(parameters + change, advantages, pairs, clip_range)[0].mean()
+    return np.array([(loss(h * unit) - loss(-h * unit)) / (2 * h) for unit in np.eye(len(parameters))])
+
+
+def relative_error(found, expected):
+    return np.linalg.norm(found - expected) / np.linalg.norm(expected)
+
+
+# -- the gradient ---------------------------------------------------------------------------------------------------------------
+def test_the_gradient_of_the_whole_update():
+    learner, advantages = case()
+    stats = update(learner, advantages, ALL)
+    losses, ratios = numpy_pairs(learner.before[0], advantages, PAIRS, ALL.clip_range)
+    a = advantages.values.numpy()[[n for n, _ in PAIRS]]
+    up, down = ratios > 1 + ALL.clip_range, ratios < 1 - ALL.clip_range
+    for branch in (up & (a > 0), down & (a < 0), up & (a < 0), down & (a > 0), ~up & ~down):
+        assert branch.sum() >= 3  # clipped from both sides, out of the range and yet not clipped, and within it
+    assert np.abs(np.abs(ratios - 1) - ALL.clip_range).min() > 1e-5  # none so near the kink that a difference would straddle it
+    assert relative_error(learner.gradients[0], finite_difference(learner.before[0], advantages, PAIRS, ALL.clip_range)) < 1e-5
+    assert stats.loss == pytest.approx(losses.mean(), rel=1e-9)
+    assert stats.ratio_deviation == pytest.approx(np.abs(ratios - 1).max(), rel=1e-9)
+    assert stats.clip_fraction == pytest.approx((up | down).mean())
+    assert stats.approx_kl == pytest.approx((ratios - 1 - np.log(ratios)).mean(), rel=1e-6)
+    assert stats.grad_norm == pytest.approx(np.linalg.norm(learner.gradients[0]), rel=1e-9)
+
+
+def test_the_gradient_of_a_fresh_policy_is_not_halved_where_the_branches_meet():
+    learner, advantages = case(drift=0.0)
+    update(learner, advantages, ALL)
+    wide = finite_difference(learner.before[0], advantages, PAIRS, clip_range=0.5)  # at a ratio of 1 the clip plays no part
+    assert relative_error(learner.gradients[0], wide) < 1e-5
+
+
+def test_the_gradient_of_each_of_several_optimizer_steps():
+    learner, advantages = case(drift=1e-4, flat_group=1)
+    settings = dataclasses.replace(ALL, optimizer_steps=3, train_fraction=0.5)
+    stats = update(learner, advantages, settings)
+    parts = shares(advantages.scores.rollout, advantages.flat, settings)
+    assert len(parts) == len(learner.gradients) == 3
+    for pairs, before, gradient in zip(parts, learner.before, learner.gradients):
+        assert relative_error(gradient, finite_difference(before, advantages, pairs, ALL.clip_range, h=1e-7)) < 1e-5
+    assert stats.grad_norm == pytest.approx(np.mean([np.linalg.norm(g) for g in learner.gradients]), rel=1e-9)
+
+
+def test_the_gradient_is_clipped_as_a_whole():
+    (free, advantages), (bound, same) = case(), case()
+    norm = update(free, advantages, ALL).grad_norm
+    stats = update(bound, same, dataclasses.replace(ALL, max_grad_norm=norm / 4))
+    assert stats.grad_norm == norm
+    np.testing.assert_allclose(bound.gradients[0], free.gradients[0] / 4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("micro_batch, padded", [(48, 0), (16, 0), (7, 1), (5, 2), (100, 52)])
+def test_padding_changes_nothing_but_the_count(micro_batch, padded):
+    learner, advantages = case()
+    whole = dataclasses.replace(advantages.scores.rollout, micro_batch=48)
+    part = dataclasses.replace(whole, micro_batch=micro_batch)
+    gradients = []
+    for rollout in (whole, part):
+        learner, _ = case()
+        scored = dataclasses.replace(advantages, scores=dataclasses.replace(advantages.scores, rollout=rollout))
+        stats = update(learner, scored, ALL)
+        gradients.append(learner.gradients[0])
+    assert relative_error(*gradients[::-1]) < 1e-12
+    assert (stats.calls.forward, stats.calls.backward, stats.calls.padded) == (0, 48 + padded, padded)
+
+
+# -- the ratio of a fresh policy ------------------------------------------------------------------------------------------------
+@pytest.fixture
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("micro_batch", [16, 8, 7, 5, 1])
+def test_replay_gives_the_ratio_one_exactly(micro_batch, one_thread):
+    """One thread: where two share a matrix of few rows, its rows may round differently by their place in the batch."""
+    learner = Recorder(Perceptron(torch.float32))
+    stats = update(learner, advantages_of(rollout_of(learner, micro_batch=micro_batch, dtype=torch.float32)), ALL)
+    assert stats.ratio_deviation == 0.0 and stats.clip_fraction == 0.0 and stats.approx_kl == 0.0
+
+
+def test_the_ratio_deviation_is_that_of_the_first_optimizer_step():
+    learner = Recorder(Perceptron(), learning_rate=1e-2)
+    stats = update(learner, advantages_of(rollout_of(learner)), dataclasses.replace(ALL, optimizer_steps=4))
+    assert stats.ratio_deviation < 1e-14 and stats.clip_fraction > 0.3 and stats.approx_kl > 0
+
+
+def test_a_small_divergence_is_not_lost_in_float32():
+    """Where rho - 1 is 1e-4, rho - 1 - log(rho) is 5e-9: far below what float32 resolves near 1."""
+    learner = Recorder(Perceptron(torch.float32))
+    advantages = advantages_of(rollout_of(learner, dtype=torch.float32))
+    drifted(learner, 3e-5)
+    stats = update(learner, advantages, ALL)
+    _, ratios = numpy_pairs(learner.before[0], advantages, PAIRS, ALL.clip_range)
+    expected = (ratios - 1 - np.log(ratios)).mean()
+    assert 1e-9 < expected < 3e-8
+    assert stats.approx_kl == pytest.approx(expected, rel=0.02)
+
+
+# -- which transitions are trained ----------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("fraction, count", [(0.01, 1), (0.25, 1), (0.6, 2), (0.75, 3), (1.0, 4)])
+def test_the_share_of_the_transitions(fraction, count):
+    rollout = rollout_of(Recorder(Perceptron()))
+    chosen = [chosen_transitions(rollout, n, fraction) for n in range(rollout.size)]
+    for steps in chosen:
+        assert len(steps) == count and steps == sorted(set(steps)) and set(steps) <= set(range(STEPS - 1))  # never the last
+    if count < 4:
+        assert len(set(map(tuple, chosen))) > 1
+        later = dataclasses.replace(rollout, iteration=1)
+        assert chosen != [chosen_transitions(later, n, fraction) for n in range(rollout.size)]
+    assert chosen == [chosen_transitions(rollout, n, fraction) for n in range(rollout.size)]
+
+
+@pytest.mark.parametrize("optimizer_steps", [1, 2, 5, 12, 40])
+def test_every_sample_is_in_one_optimizer_step(optimizer_steps):
+    rollout = rollout_of(Recorder(Perceptron()))
+    parts = shares(rollout, torch.zeros(PROMPTS, dtype=torch.bool), dataclasses.replace(ALL, optimizer_steps=optimizer_steps))
+    samples = [sorted({n for n, _ in pairs}) for pairs in parts]
+    assert len(parts) == min(optimizer_steps, rollout.size) and all(parts)
+    assert sorted(n for part in samples for n in part) == list(range(rollout.size))
+    assert sorted(pair for pairs in parts for pair in pairs) == PAIRS
+    assert max(map(len, samples)) - min(map(len, samples)) <= 1
+
+
+def test_flat_groups_train_nothing():
+    learner, advantages = case(flat_group=1)
+    stats = update(learner, advantages, ALL)
+    kept = [(n, t) for n, t in PAIRS if n // GROUP != 1]
+    assert advantages.flat.tolist() == [False, True, False] and stats.transitions == len(kept) == 32
+    assert relative_error(learner.gradients[0], finite_difference(learner.before[0], advantages, kept, ALL.clip_range)) < 1e-5
+
+
+def test_an_iteration_of_flat_groups_alone_passes_and_changes_nothing():
+    learner, advantages = case()
+    before = flat(learner.parameters.values())
+    dull = dataclasses.replace(advantages, flat=torch.ones(PROMPTS, dtype=torch.bool))
+    stats = update(learner, dull, ALL)
+    assert (stats.transitions, stats.calls.backward, stats.loss, stats.grad_norm) == (0, 0, 0.0, 0.0)
+    assert (flat(learner.parameters.values()) == before).all() and learner.version == ("toy", 1)
+
+
+# -- what is refused ------------------------------------------------------------------------------------------------------------
+def test_a_stale_rollout_is_refused():
+    learner, advantages = case()
+    update(learner, advantages, ALL)
+    after = flat(learner.parameters.values())
+    with pytest.raises(StaleRollout, match="version 0 of 'toy', and the policy is at version 1"):
+        update(learner, advantages, ALL)
+    with pytest.raises(StaleRollout, match="'other'"):
+        update(Recorder(learner.policy, run="other"), advantages, ALL)
+    assert (flat(learner.parameters.values()) == after).all()
+
+
+@pytest.mark.parametrize("poison", [math.nan, math.inf])
+def test_a_gradient_that_is_no_number_leaves_everything_as_it_was(poison):
+    learner, advantages = case(ema_decay=0.9)
+    before = {name: value.clone() for name, value in learner.state().items()}
+    handle = next(iter(learner.parameters.values())).register_hook(lambda g: g * poison)
+    with pytest.raises(NotFinite):
+        update(learner, advantages, ALL)
+    handle.remove()
+    assert all(torch.equal(value, before[name]) for name, value in learner.state().items())
+    update(learner, advantages, ALL)  # and nothing of it is left behind
+    clean, same = case(ema_decay=0.9)
+    update(clean, same, ALL)
+    assert all(torch.equal(value, clean.state()[name]) for name, value in learner.state().items())
+
+
+def test_an_update_that_was_interrupted_leaves_no_gradient_behind():
+    class Stop(Exception):
+        pass
+
+    def tick(done, total):
+        if done > 20:
+            raise Stop
+
+    (stopped, advantages), (clean, same) = case(), case()
+    with pytest.raises(Stop):
+        update(stopped, advantages, ALL, tick)
+    for learner, scored in ((stopped, advantages), (clean, same)):
+        update(learner, scored, ALL)
+    assert (stopped.gradients[0] == clean.gradients[0]).all()
+
+
+def test_without_noise_there_is_nothing_to_train_on():
+    learner = Recorder(Perceptron())
+    with pytest.raises(ValueError, match="no noise"):
+        update(learner, advantages_of(rollout_of(learner, eta=0.0)), ALL)
+
+
+# -- bookkeeping ----------------------------------------------------------------------------------------------------------------
+def test_calls_are_counted_as_the_denoiser_sees_them():
+    learner = Recorder(Perceptron())
+    seen = {True: 0, False: 0}
+
+    def hook(module, arguments, output):
+        seen[torch.is_grad_enabled()] += len(output)
+
+    learner.policy.net.register_forward_hook(hook)
+    rollout = rollout_of(learner, micro_batch=5)
+    assert (rollout.calls.forward, rollout.calls.backward, rollout.calls.padded) == (seen[False], 0, 3 * STEPS)
+    ticks = []
+    stats = update(learner, advantages_of(rollout), dataclasses.replace(ALL, optimizer_steps=2, train_fraction=0.5),
+                   lambda *now: ticks.append(now))
+    assert (stats.calls.forward, stats.calls.backward) == (seen[False] - rollout.calls.forward, seen[True])
+    assert stats.calls.backward - stats.calls.padded == stats.transitions == 24
+    assert ticks == [(5, 24), (10, 24), (12, 24), (17, 24), (22, 24), (24, 24)]
+
+
+@pytest.mark.parametrize("ema_decay", [0.0, 0.9])
+def test_the_state_carries_all_that_the_next_update_depends_on(ema_decay):
+    def iterate(learner, iteration):
+        update(learner, advantages_of(rollout_of(learner, iteration)), dataclasses.replace(ALL, optimizer_steps=2))
+
+    first = Recorder(Perceptron(), ema_decay=ema_decay)
+    iterate(first, 0)
+    saved = first.state()
+    other = Recorder(Perceptron(seed=1), ema_decay=ema_decay)
+    iterate(other, 0)  # with moments of its own, which must not survive
+    other.load_state(saved)
+    assert other.version == ("toy", 1)
+    for learner in (first, other):
+        iterate(learner, 1)
+    state = other.state()
+    assert state.keys() == first.state().keys() and any(k.startswith("optimizer.exp_avg_sq.") for k in state)
+    assert all(torch.equal(value, state[name]) for name, value in first.state().items())
+    assert not any(torch.equal(value, state[name]) for name, value in saved.items() if name.startswith("parameters."))
+
+
+def test_loading_an_untrained_state_forgets_the_moments():
+    learner = Recorder(Perceptron())
+    untrained = learner.state()
+    update(learner, advantages_of(rollout_of(learner)), ALL)
+    learner.load_state(untrained)
+    assert learner.state().keys() == untrained.keys()
+    assert all(torch.equal(value, untrained[name]) for name, value in learner.state().items())
+
+
+def test_the_moving_average():
+    decay, learner = 0.8, Recorder(Perceptron(), ema_decay=0.8)
+    start = flat(learner.parameters.values())
+    for iteration in range(3):
+        update(learner, advantages_of(rollout_of(learner, iteration)), dataclasses.replace(ALL, optimizer_steps=2))
+    expected = decay**6 * start + sum((1 - decay) * decay ** (5 - k) * after for k, after in enumerate(learner.after))
+    assert len(learner.after) == 6
+    np.testing.assert_allclose(flat(learner.ema.values()), expected, rtol=0, atol=1e-14)
+    np.testing.assert_array_equal(flat(learner.weights().values()), expected.astype(np.float32))
+    np.testing.assert_array_equal(flat(learner.weights(averaged=False).values()), learner.after[-1].astype(np.float32))
+
+
+def test_adamw():
+    """One step from a fresh state is -lr (g / (|g| + 1e-8) + wd p) (arXiv 1711.05101, algorithm 2)."""
+    learner, advantages = case(learning_rate=0.01, weight_decay=0.1)
+    update(learner, advantages, ALL)
+    p, g = learner.before[0], learner.gradients[0]
+    np.testing.assert_allclose(learner.after[0], p - 0.01 * (g / (np.abs(g) + 1e-8) + 0.1 * p), rtol=0, atol=1e-12)
+
+
+def test_under_inference_mode_as_hosts_run_their_nodes():
+    plain, hosted = Recorder(Perceptron(), ema_decay=0.9), Recorder(Perceptron(), ema_decay=0.9)
+    update(plain, advantages_of(rollout_of(plain)), ALL)
+    with torch.inference_mode():
+        update(hosted, advantages_of(rollout_of(hosted)), ALL)
+    assert (hosted.after[0] == plain.after[0]).all()
+    assert not any(p.is_inference() for p in hosted.parameters.values())
+    with torch.inference_mode():
+        rollout = rollout_of(hosted, 1)
+    update(hosted, advantages_of(rollout), ALL)  # sampled inside, trained outside
