@@ -12,12 +12,14 @@ from torch import Tensor
 
 from ..grpo.protocol import SamplingPlan
 from ..grpo.rollout import Request, sample
-from ..grpo.transitions import TRANSITIONS
 from ..lora.adapter import LoraSnapshot, applied
 from ..policies.base import Policy
 from ..rewards import Reward
 from ..workflow.host import host
 from .session import encode
+
+
+NOISELESS = {"flow": "ode", "diffusion": "ddim"}  # the transition that samples a process without noise, at eta 0
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,3 @@ def evaluate(policy: Policy, snapshot: LoraSnapshot, prompts: tuple[str, ...], r
         comparisons = [Comparison(r.name, r(before, prompts), r(after, prompts)) for r in rewards]
     return Evaluation(prompts, tuple(comparisons), before, after)
 
-
-def evaluation_transition(process: str) -> str:
-    """The name of the transition that evaluates a process without noise: the first of it that `eta` 0 makes deterministic."""
-    return "ode" if process == "flow" else next(t.name for t in TRANSITIONS.values() if t.process == process)

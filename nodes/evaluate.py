@@ -1,0 +1,63 @@
+from __future__ import annotations
+
+from comfy_dancegrpo.errors import RunError
+from comfy_dancegrpo.workflow.host import host
+
+from . import wires
+
+
+class Evaluate:
+    TITLE = "Evaluate"
+    DESCRIPTION = "Compares the policy with and without its LoRA, on held-out prompts and from the same noise, without noise in the steps."
+    SEARCH_ALIASES = ["compare", "before after", "test", "held out"]
+    CATEGORY = wires.CATEGORY
+    RETURN_TYPES = ("IMAGE", "FLOAT", "STRING")
+    RETURN_NAMES = ("grid", "gain", "report")
+    OUTPUT_TOOLTIPS = ("Pictures before and after, side by side.", "Mean gain of the first reward.", "The figures, a line for each reward.")
+    FUNCTION = "evaluate"
+    OUTPUT_NODE = True
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        reward = "Scored before and after; its figures go into the run's summary.json."
+        return {"required": {
+            "policy": wires.socket(wires.POLICY, "From Load Policy."),
+            "lora": wires.socket(wires.LORA, "From Loop End."),
+            "prompts": wires.socket(wires.PROMPTS, "Prompts that were not trained on."),
+            "reward": wires.socket(wires.REWARD, reward),
+            "steps": wires.integer(16, 1, 1000, "Denoising steps."),
+            "shift": wires.number(3.0, 0.0, 100.0, "Of the flow's time grid; 0 takes what the model's own scheduler says.", 0.1),
+            "guidance_scale": wires.number(3.5, 0.0, 100.0, "The model's own guidance; without effect where it has none.", 0.1),
+            "width": wires.integer(720, 16, 8192, "Pixels.", 8),
+            "height": wires.integer(720, 16, 8192, "Pixels.", 8),
+            "noise_seed": ("INT", {"default": 1000, "min": 0, "max": 2**63 - 1, "control_after_generate": True, "tooltip": "Of the fixed noise."}),
+            "batch_size": wires.integer(4, 1, 4096, "Samples in every denoiser call."),
+            "grid_columns": wires.integer(8, 1, 64, "Pairs in a row of the grid."),
+            "grid_rows": wires.integer(2, 1, 64, "Rows of pairs in the grid."),
+        }, "optional": {"reward_2": wires.socket(wires.REWARD, reward), "reward_3": wires.socket(wires.REWARD, reward)}}
+
+    def evaluate(self, policy, lora, prompts, reward, steps, shift, guidance_scale, width, height, noise_seed, batch_size,
+                 grid_columns, grid_rows, reward_2=None, reward_3=None):
+        from comfy_dancegrpo.grpo.protocol import SamplingPlan
+        from comfy_dancegrpo.runs import evaluate, pictures
+        from comfy_dancegrpo.runs.folder import RunFolder
+
+        if seen := len(set(prompts.prompts) & set(lora.prompts)):
+            host().say(f"Evaluate: {seen} of its {len(prompts.prompts)} prompts were trained on; its figures flatter the LoRA")
+        rewards = [r for r in (reward, reward_2, reward_3) if r is not None]
+        try:
+            policy.latent_shape(height, width)
+        except ValueError as error:
+            raise RunError(f'inputs "width" and "height": {error}') from None
+        plan = SamplingPlan(policy.time_grid(steps, shift, height, width), evaluate.NOISELESS[policy.process], 0.0, guidance_scale, height, width)
+        found = evaluate.evaluate(policy, lora, prompts.prompts, rewards, plan, noise_seed, batch_size)
+        lines, folder = [], RunFolder(lora.folder)
+        for comparison in found.comparisons:
+            s = comparison.summary()
+            folder.add_to_summary("evaluations", comparison.reward, s)
+            lines.append(f"{comparison.reward}: {s['before']:.4f} -> {s['after']:.4f}, gain {s['gain']:+.4f} "
+                         f"(95 %: {s['ci95'][0]:+.4f} to {s['ci95'][1]:+.4f}, t {s['t']:.1f}, {s['n']} prompts)")
+            host().say(lines[-1])
+        grid = pictures.before_after(found, grid_columns, grid_rows)
+        report = "\n".join(lines)
+        return {"ui": {"text": [report]}, "result": (pictures.to_tensor(grid), found.comparisons[0].summary()["gain"], report)}

@@ -1,0 +1,61 @@
+from __future__ import annotations
+
+from comfy_dancegrpo.errors import RunError
+from comfy_dancegrpo.grpo.transitions import TRANSITIONS
+from comfy_dancegrpo.workflow.host import host
+
+from . import wires
+
+
+class GroupSample:
+    TITLE = "Group Sample"
+    DESCRIPTION = "Samples a group of pictures for each prompt with a stochastic sampler, and records how likely each step was."
+    SEARCH_ALIASES = ["rollout", "sampler", "sde", "ddim"]
+    CATEGORY = wires.CATEGORY
+    RETURN_TYPES = (wires.ROLLOUT, "IMAGE")
+    RETURN_NAMES = ("rollout", "images")
+    OUTPUT_TOOLTIPS = ("Trajectories, log-probabilities and pictures.", "The pictures, group after group.")
+    FUNCTION = "sample"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        stochastic = [t.name for t in TRANSITIONS.values() if t.stochastic]
+        return {"required": {
+            "policy": wires.socket(wires.LIVE_POLICY, "From Loop Start."),
+            "prompts": wires.socket(wires.PROMPTS, "From Loop Start: a group is sampled for each."),
+            "group_size": wires.integer(12, 1, 1024, "Pictures for each prompt, at least 2; their scores are compared with each other."),
+            "steps": wires.integer(16, 2, 1000, "Denoising steps."),
+            "transition": wires.choice(stochastic, "How noise enters: dance_sde for flows, ddim for diffusion models."),
+            "eta": wires.number(0.3, 0.0, 10.0, "How much noise. Too little, and a group's pictures are all alike; too much, and they are ugly."),
+            "shift": wires.number(3.0, 0.0, 100.0, "Of the flow's time grid; 0 takes what the model's own scheduler says.", 0.1),
+            "guidance_scale": wires.number(3.5, 0.0, 100.0, "The model's own guidance; without effect where it has none.", 0.1),
+            "width": wires.integer(720, 16, 8192, "Pixels.", 8),
+            "height": wires.integer(720, 16, 8192, "Pixels.", 8),
+            "initial_noise": wires.choice(["shared", "independent"], "shared: a group starts from one noise, so that only the steps tell its pictures apart."),
+        }}
+
+    def sample(self, policy, prompts, group_size, steps, transition, eta, shift, guidance_scale, width, height, initial_noise):
+        from comfy_dancegrpo.grpo.protocol import SamplingPlan
+        from comfy_dancegrpo.grpo.rollout import Request, sample
+
+        family, settings = policy.policy, policy.settings
+        if group_size < 2:
+            raise RunError(f'input "group_size": found {group_size}, accepted: 2 or more, since a score is compared with the rest of its group')
+        if eta <= 0:
+            raise RunError(f'input "eta": found {eta}, accepted: above 0, since steps without noise cannot be trained')
+        if TRANSITIONS[transition].process != family.process:
+            fitting = [t.name for t in TRANSITIONS.values() if t.process == family.process and t.stochastic]
+            raise RunError(f'input "transition": found {transition!r}, accepted for this policy ({family.process}): {", ".join(map(repr, fitting))}')
+        try:
+            shape = family.latent_shape(height, width)
+        except ValueError as error:
+            raise RunError(f'inputs "width" and "height": {error}') from None
+        plan = SamplingPlan(family.time_grid(steps, shift, height, width), transition, eta, guidance_scale, height, width)
+        request = Request(prompts.prompts, group_size, shape, settings.seed, policy.iteration, initial_noise == "shared", settings.micro_batch)
+
+        def tick(done: int, total: int) -> None:
+            host().check_interrupt()
+            host().progress(done, total)
+
+        rollout = sample(family, request, policy.encode(prompts.prompts), plan, policy.learner.version, tick=tick)
+        return rollout, rollout.pictures

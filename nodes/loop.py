@@ -1,0 +1,113 @@
+from __future__ import annotations
+
+from comfy_dancegrpo.errors import RunError
+from comfy_dancegrpo.workflow import loop
+from comfy_dancegrpo.workflow.host import host
+
+from . import wires
+
+LORA_TARGETS = ["attention", "attention and feed-forward", "all linear layers"]  # every family has these
+# inputs that may change without it being another run
+NOT_IN_FINGERPRINT = {("DanceGRPOLoopStart", name) for name in ("run_name", "iterations", "checkpoint_every", "on_existing")}
+
+
+class LoopStart:
+    TITLE = "Loop Start"
+    DESCRIPTION = "Begins the training loop: attaches a fresh LoRA to the policy, and hands out the prompts of each iteration."
+    SEARCH_ALIASES = ["train", "iterations", "lora", "grpo"]
+    CATEGORY = wires.CATEGORY
+    RETURN_TYPES = (wires.LIVE_POLICY, wires.PROMPTS, "INT")
+    RETURN_NAMES = ("policy", "prompts", "iteration")
+    OUTPUT_TOOLTIPS = ("The policy in training, with its LoRA.", "The prompts of this iteration.", "Counts from 1.")
+    FUNCTION = "start"
+    LOOP_START = True
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {
+            "policy": wires.socket(wires.POLICY, "The base model."),
+            "prompts": wires.socket(wires.PROMPTS, "Prompts to train on."),
+            "run_name": ("STRING", {"default": "run", "tooltip": "The run's folder in the output folder."}),
+            "iterations": wires.integer(200, 1, 1_000_000, "How many times the body runs."),
+            "prompts_per_iteration": wires.integer(4, 1, 4096, "Groups sampled in each iteration."),
+            "seed": ("INT", {"default": 0, "min": 0, "max": 2**63 - 1, "control_after_generate": True,
+                             "tooltip": "Of the LoRA's start, the order of prompts, the noise and the choice of transitions."}),
+            "learning_rate": wires.number(3e-4, 1e-8, 1.0, "AdamW's step size; a LoRA wants about 30 times what full weights do.", 1e-5),
+            "weight_decay": wires.number(1e-4, 0.0, 1.0, "AdamW's.", 1e-4),
+            "lora_rank": wires.integer(16, 1, 1024, "Width of the LoRA."),
+            "lora_alpha": wires.number(16.0, 0.01, 4096.0, "The LoRA's update is scaled by alpha / rank.", 1.0),
+            "lora_targets": wires.choice(LORA_TARGETS, "Which layers of the denoiser's blocks take a LoRA.", LORA_TARGETS[1]),
+            "ema_decay": wires.number(0.0, 0.0, 0.99999, "Of the LoRA's moving average, once an optimizer step; it is what is saved and "
+                                                         "evaluated. 0 turns it off.", 0.001),
+            "micro_batch": wires.integer(4, 1, 4096, "Samples in every denoiser call, in rollout and training. Lower it when memory runs out; "
+                                                     "it belongs to the run, since kernels round differently at different sizes."),
+            "checkpoint_every": wires.integer(20, 0, 1_000_000, "Iterations between checkpoints; 0 keeps one at the end alone."),
+            "on_existing": wires.choice(["new", "resume", "restart"], "Where the run's folder exists. new: the next free name, or, finished and "
+                                        "unchanged, reopened. resume: goes on. restart: deletes it and starts afresh."),
+        }}
+
+    def start(self, **inputs):
+        return loop.blocked(len(self.RETURN_TYPES))
+
+
+class LoopEnd:
+    TITLE = "Loop End"
+    DESCRIPTION = "Ends the training loop, and runs it: everything between Loop Start and here, iteration after iteration."
+    SEARCH_ALIASES = ["train", "run"]
+    CATEGORY = wires.CATEGORY
+    RETURN_TYPES = (wires.LORA, wires.RUN)
+    RETURN_NAMES = ("lora", "run")
+    OUTPUT_TOOLTIPS = ("The LoRA as it stands at the end: its moving average where that is on.", "The run's folder and metrics.")
+    FUNCTION = "end"
+    OUTPUT_NODE = True
+    LOOP_END = True
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"update": wires.socket(wires.UPDATE, "From Update, in the loop's body.", lazy=True, rawLink=True)},
+                "hidden": {"prompt": "PROMPT", "unique_id": "UNIQUE_ID"}}
+
+    def end(self, update, prompt, unique_id):
+        body = loop.find_body(prompt, unique_id, host().registry)
+        return loop.expand(body, "DanceGRPOLoopRunner", len(self.RETURN_TYPES))
+
+
+class LoopRunner:
+    TITLE = "Loop Runner (made by Loop End)"
+    DESCRIPTION = "Loop End expands into this; it is of no use by itself."
+    CATEGORY = wires.CATEGORY
+    RETURN_TYPES = LoopEnd.RETURN_TYPES
+    RETURN_NAMES = LoopEnd.RETURN_NAMES
+    FUNCTION = "run"
+    INPUT_IS_LIST = True
+    DEPRECATED = True  # the editor leaves it out of its menus
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {loop.BODY: ("STRING", {"default": "", "tooltip": "The loop's body, written by Loop End."})},
+                "hidden": {"prompt": "PROMPT", "extra_pnginfo": "EXTRA_PNGINFO"}}
+
+    def run(self, body, prompt=(None,), extra_pnginfo=(None,), **outside):
+        from comfy_dancegrpo.runs.session import Session
+
+        body = loop.LoopBody.from_json(body[0])
+        runner = loop.BodyRunner(body, host().registry, outside, prompt[0], extra_pnginfo[0])
+        policy, prompts, settings = self._settings(**runner.start_inputs())
+        fingerprint = loop.fingerprint(prompt[0], body, NOT_IN_FINGERPRINT)
+        try:
+            session = Session(policy, prompts, settings, fingerprint)
+            with session:
+                while not session.finished:
+                    session.end(runner.step(session.begin())["update"])
+                return session.snapshot(), session.record()
+        except ValueError as error:
+            raise RunError(str(error)) from error
+
+    @staticmethod
+    def _settings(policy, prompts, learning_rate, weight_decay, ema_decay, lora_rank, lora_alpha, lora_targets, **rest):
+        from comfy_dancegrpo.grpo.learner import OptimizerSettings
+        from comfy_dancegrpo.lora.adapter import LoraSettings
+        from comfy_dancegrpo.runs.session import LoopSettings
+
+        optimizer = OptimizerSettings(learning_rate=learning_rate, weight_decay=weight_decay, ema_decay=ema_decay)
+        return policy, prompts, LoopSettings(lora=LoraSettings(lora_rank, lora_alpha, lora_targets), optimizer=optimizer, **rest)

@@ -1,0 +1,129 @@
+from __future__ import annotations
+
+import time
+
+from comfy_dancegrpo import rewards
+from comfy_dancegrpo.errors import RunError
+
+from . import wires
+
+WEIGHT = wires.number(1.0, -1000.0, 1000.0, "Of this reward among several; negative trains against it.", 0.1)
+EARLIER = wires.socket(wires.SCORES, "Scores of the same rollout by other rewards, to go along.")
+
+
+class LoadReward:
+    TITLE = "Load Reward"
+    DESCRIPTION = "Loads what scores pictures."
+    SEARCH_ALIASES = ["clip", "score model", "preference"]
+    CATEGORY = wires.CATEGORY
+    RETURN_TYPES = (wires.REWARD,)
+    RETURN_NAMES = ("reward",)
+    OUTPUT_TOOLTIPS = ("One number for each picture; larger is better.",)
+    FUNCTION = "load"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {
+            "reward": wires.choice(list(rewards.REWARDS), "clip_score: how well a picture fits its prompt, by a CLIP model. shapes_agreement: the exact "
+                                                          "reward of the embedded set, measured from pixels."),
+            "model": wires.choice(rewards.available_models(), "A folder in reward_models, or the embedded CLIP. Rewards without a model ignore it."),
+            "batch_size": wires.integer(32, 1, 4096, "Pictures scored at once."),
+        }}
+
+    @classmethod
+    def VALIDATE_INPUTS(cls, model):
+        try:
+            if model is not None:
+                rewards.find_model(model)
+        except RunError as error:
+            return str(error)
+        return True
+
+    def load(self, reward: str, model: str, batch_size: int):
+        return (rewards.load(reward, model, batch_size),)
+
+
+def _with(rollout, name: str, weight: float, values, earlier, seconds: float):
+    """Scores of the rollout, after the earlier ones. Raises RunError when those are of another rollout."""
+    from comfy_dancegrpo.grpo.protocol import Scores
+
+    if earlier is not None and earlier.rollout is not rollout:
+        raise RunError('input "scores": found scores of another rollout, accepted: of the one that is scored here')
+    columns = (*(earlier.columns if earlier else ()), (name, float(weight), values))
+    return Scores(rollout, columns, seconds + (earlier.seconds if earlier else 0.0))
+
+
+class Score:
+    TITLE = "Score"
+    DESCRIPTION = "Scores every picture of a rollout with a reward."
+    SEARCH_ALIASES = ["reward", "judge"]
+    CATEGORY = wires.CATEGORY
+    RETURN_TYPES = (wires.SCORES,)
+    RETURN_NAMES = ("scores",)
+    OUTPUT_TOOLTIPS = ("A number for each picture.",)
+    FUNCTION = "score"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {
+            "rollout": wires.socket(wires.ROLLOUT, "From Group Sample."),
+            "reward": wires.socket(wires.REWARD, "From Load Reward."),
+            "weight": WEIGHT,
+        }, "optional": {
+            "images": wires.socket("IMAGE", "Scored in place of the rollout's own pictures (upscaled, cropped …), one for each, in order."),
+            "scores": EARLIER,
+        }}
+
+    def score(self, rollout, reward, weight, images=None, scores=None):
+        start = time.perf_counter()
+        pictures = rollout.pictures if images is None else images
+        if len(pictures) != rollout.size:
+            raise RunError(f'input "images": found {len(pictures)} pictures, accepted: {rollout.size}, one for each sample')
+        values = reward(pictures, rollout.prompts)
+        return (_with(rollout, reward.name, weight, values, scores, time.perf_counter() - start),)
+
+
+class ScoresFromNumbers:
+    TITLE = "Scores From Numbers"
+    DESCRIPTION = "Takes the numbers that any node made of the pictures as a reward, one for each, in order."
+    SEARCH_ALIASES = ["reward", "custom reward", "float", "third party"]
+    CATEGORY = wires.CATEGORY
+    RETURN_TYPES = (wires.SCORES,)
+    RETURN_NAMES = ("scores",)
+    OUTPUT_TOOLTIPS = ("A number for each picture.",)
+    FUNCTION = "score"
+    INPUT_IS_LIST = True
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {
+            "rollout": wires.socket(wires.ROLLOUT, "From Group Sample."),
+            "numbers": wires.socket(wires.ANY, "Numbers: one by one, as a list, or as a tensor."),
+            "name": ("STRING", {"default": "numbers", "tooltip": "What metrics and plots call it."}),
+            "weight": WEIGHT,
+        }, "optional": {"scores": EARLIER}}
+
+    def score(self, rollout, numbers, name, weight, scores=(None,)):
+        import torch
+
+        rollout, values = rollout[0], torch.tensor(list(_flat(numbers)), dtype=torch.float32)
+        if len(values) != rollout.size:
+            raise RunError(f'input "numbers": found {len(values)} numbers, accepted: {rollout.size}, one for each sample')
+        if not bool(values.isfinite().all()):
+            bad = int((~values.isfinite()).nonzero()[0])
+            raise RunError(f'input "numbers": found {values[bad].item()} for the prompt {rollout.prompts[bad]!r}, accepted: finite numbers')
+        return (_with(rollout, name[0], weight[0], values, scores[0], 0.0),)
+
+
+def _flat(values):
+    """Every number of nested lists, tensors and arrays, in order. Raises RunError on anything else."""
+    for value in values:
+        if isinstance(value, (list, tuple)):
+            yield from _flat(value)
+        elif hasattr(value, "tolist"):
+            found = value.tolist()
+            yield from _flat(found if isinstance(found, list) else [found])
+        elif isinstance(value, (int, float)):
+            yield float(value)
+        else:
+            raise RunError(f'input "numbers": found {type(value).__name__}, accepted: numbers')

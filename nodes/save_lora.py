@@ -1,0 +1,36 @@
+from __future__ import annotations
+
+from comfy_dancegrpo.errors import RunError
+from comfy_dancegrpo.workflow.host import host
+
+from . import wires
+
+
+class SaveLora:
+    TITLE = "Save LoRA"
+    DESCRIPTION = "Writes the LoRA as one file that ComfyUI's LoRA loader and diffusers' load_lora_weights both take, at full strength."
+    SEARCH_ALIASES = ["export", "safetensors"]
+    CATEGORY = wires.CATEGORY
+    RETURN_TYPES = ()
+    FUNCTION = "save"
+    OUTPUT_NODE = True
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {
+            "lora": wires.socket(wires.LORA, "From Loop End."),
+            "filename": ("STRING", {"default": "", "tooltip": "Of the file, in the run's lora folder; empty takes the run's name."}),
+        }}
+
+    def save(self, lora, filename: str):
+        from comfy_dancegrpo.lora import files
+        from comfy_dancegrpo.runs.folder import checked_name
+
+        try:
+            name = checked_name(filename.removesuffix(".safetensors") or lora.folder.name)
+        except RunError as error:
+            raise RunError(str(error).replace("run_name", "filename")) from None
+        path = lora.folder / "lora" / f"{name}.safetensors"
+        files.save(lora, path)
+        host().say(f"LoRA{' (moving average)' if lora.averaged else ''} after {lora.iterations} iterations: {path}")
+        return {"ui": {"text": [str(path)]}}

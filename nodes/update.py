@@ -1,0 +1,44 @@
+from __future__ import annotations
+
+from comfy_dancegrpo.errors import RunError
+from comfy_dancegrpo.workflow.host import host
+
+from . import wires
+
+
+class Update:
+    TITLE = "Update"
+    DESCRIPTION = "Takes clipped policy-gradient steps: what scored better than its group becomes likelier, what scored worse less."
+    SEARCH_ALIASES = ["grpo", "train", "optimizer", "ppo"]
+    CATEGORY = wires.CATEGORY
+    RETURN_TYPES = (wires.UPDATE,)
+    RETURN_NAMES = ("update",)
+    OUTPUT_TOOLTIPS = ("What the update did; to Loop End.",)
+    FUNCTION = "update"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {
+            "policy": wires.socket(wires.LIVE_POLICY, "From Loop Start."),
+            "advantages": wires.socket(wires.ADVANTAGES, "From Advantage."),
+            "clip_range": wires.number(1e-4, 1e-8, 1.0, "How far the probability ratio may move before it earns nothing more.", 1e-5),
+            "train_fraction": wires.number(0.6, 0.01, 1.0, "Share of each picture's steps that is trained, drawn anew: 0.6 for flows, 1 for Stable Diffusion.", 0.05),
+            "optimizer_steps": wires.integer(1, 1, 1024, "For each rollout, each on its own share of the samples."),
+            "max_grad_norm": wires.number(1.0, 1e-6, 1e6, "The gradient is scaled down to this norm.", 0.1),
+        }}
+
+    def update(self, policy, advantages, clip_range, train_fraction, optimizer_steps, max_grad_norm):
+        import torch
+
+        from comfy_dancegrpo.grpo import update as grpo
+
+        def tick(done: int, total: int) -> None:
+            host().check_interrupt()
+            host().progress(done, total)
+
+        settings = grpo.UpdateSettings(clip_range, train_fraction, optimizer_steps, max_grad_norm)
+        try:
+            with torch.inference_mode(False):
+                return (grpo.update(policy.learner, advantages, settings, tick),)
+        except (grpo.StaleRollout, grpo.NotFinite) as error:
+            raise RunError(str(error)) from error
