@@ -5,11 +5,16 @@ from __future__ import annotations
 import abc
 from pathlib import Path
 
+import diffusers
 import torch
+from packaging.version import Version
 from torch import Tensor
 
 from .. import processes
 from ..grpo.protocol import Conditioning, SamplingPlan, TimeGrid
+from ..quiet import quiet_loading
+
+_DTYPE_ARGUMENT = "dtype" if Version(diffusers.__version__) >= Version("0.40") else "torch_dtype"
 
 
 class Policy(abc.ABC):
@@ -35,8 +40,9 @@ class Policy(abc.ABC):
         """From a diffusers folder; safetensors only, nothing is downloaded."""
         with processes.outside_inference_mode():
             torch_dtype = getattr(torch, dtype)
-            pipeline = cls.pipeline_class.from_pretrained(
-                folder, torch_dtype=torch_dtype, local_files_only=True, use_safetensors=True)
+            with quiet_loading():
+                pipeline = cls.pipeline_class.from_pretrained(
+                    folder, local_files_only=True, use_safetensors=True, **{_DTYPE_ARGUMENT: torch_dtype})
             pipeline.to(processes.device())
             pipeline.set_progress_bar_config(disable=True)
             return cls(name, pipeline, torch_dtype)

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import CLIPModel, CLIPTokenizer
 
 from .. import processes
+from ..quiet import quiet_loading
 
 try:  # without torchvision, newer transformers has the Pillow processor under this name; older ones had no other
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil as CLIPImageProcessor
@@ -24,7 +25,7 @@ NEEDS_MODEL = True
 
 
 def load(folder: Path):
-    with processes.outside_inference_mode():
+    with processes.outside_inference_mode(), quiet_loading():
         model = CLIPModel.from_pretrained(folder, local_files_only=True, use_safetensors=True)
         model = model.float().requires_grad_(False).eval().to(processes.device())
     tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
