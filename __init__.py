@@ -42,4 +42,6 @@ _library()
 _nodes = importlib.import_module("comfy_dancegrpo.nodes")
 NODE_CLASS_MAPPINGS = _nodes.NODE_CLASS_MAPPINGS
 NODE_DISPLAY_NAME_MAPPINGS = _nodes.NODE_DISPLAY_NAME_MAPPINGS
+if "folder_paths" in sys.modules and "server" in sys.modules:  # this is ComfyUI, and not a test that loads the door alone
+    importlib.import_module("comfy_dancegrpo.nodes.comfy_host").activate()
 __all__ = ["NODE_CLASS_MAPPINGS", "NODE_DISPLAY_NAME_MAPPINGS"]

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import hashlib
+
 from comfy_dancegrpo.errors import RunError
 from comfy_dancegrpo.workflow import loop
 from comfy_dancegrpo.workflow.host import host
@@ -90,10 +92,12 @@ class LoopRunner:
     def run(self, body, prompt=(None,), extra_pnginfo=(None,), **outside):
         from comfy_dancegrpo.runs.session import Session
 
+        host().workflow_started(prompt[0], extra_pnginfo[0])
         body = loop.LoopBody.from_json(body[0])
         runner = loop.BodyRunner(body, host().registry, outside, prompt[0], extra_pnginfo[0])
         policy, prompts, settings = self._settings(**runner.start_inputs())
-        fingerprint = loop.fingerprint(prompt[0], body, NOT_IN_FINGERPRINT)
+        told = loop.fingerprint(prompt[0], body, NOT_IN_FINGERPRINT), prompts.prompts  # a prompt file may change in place
+        fingerprint = hashlib.sha256(repr(told).encode()).hexdigest()
         try:
             session = Session(policy, prompts, settings, fingerprint)
             with session:

@@ -35,6 +35,10 @@ class PromptSet:
             return str(error)
         return True
 
+    @classmethod
+    def IS_CHANGED(cls, text, file, limit):
+        return prompts.find(file).stat().st_mtime_ns if file else 0
+
     @staticmethod
     def _prompts(text: str, file: str) -> list[str]:
         found = [line.strip() for line in text.splitlines() if line.strip()] + (prompts.read(file) if file.strip() else [])

@@ -62,6 +62,9 @@ class Host:
     def check_interrupt(self) -> None:
         """Raises `errors.Interrupted` when the user asked to stop; called once a micro-batch, and before every node."""
 
+    def workflow_started(self, prompt: dict[str, dict], extra_pnginfo: dict[str, Any] | None) -> None:
+        """A loop begins, in this prompt; a host that did not know it takes it for the run's files."""
+
     def run_started(self, folder: Path) -> None:
         """A run writes to `folder` from now on; what stops the program later can say how to resume it."""
         self.run_folder = Path(folder)
