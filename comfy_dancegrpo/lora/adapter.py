@@ -79,10 +79,14 @@ class Adapter:
                 p.zero_()
 
     def load(self, tensors: dict[str, Tensor]) -> None:
-        """Raises `ValueError` when the names are not exactly the adapter's own."""
+        """Raises `ValueError` when the names and shapes are not exactly the adapter's own."""
         if tensors.keys() != self.parameters.keys():
             odd = sorted(tensors.keys() ^ self.parameters.keys())
             raise ValueError(f"the LoRA does not fit this policy: {len(odd)} names differ, such as {odd[0]!r}")
+        for name, value in tensors.items():
+            if value.shape != self.parameters[name].shape:
+                raise ValueError(f"the LoRA does not fit this policy: {name} is {list(value.shape)} in the one and "
+                                 f"{list(self.parameters[name].shape)} in the other")
         with torch.no_grad():
             for name, value in tensors.items():
                 self.parameters[name].copy_(value)
