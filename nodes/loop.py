@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import hashlib
 
+from comfy_dancegrpo import processes
 from comfy_dancegrpo.errors import RunError
 from comfy_dancegrpo.workflow import loop
 from comfy_dancegrpo.workflow.host import host
@@ -99,8 +100,8 @@ class LoopRunner:
         told = loop.fingerprint(prompt[0], body, NOT_IN_FINGERPRINT), prompts.prompts  # a prompt file may change in place
         fingerprint = hashlib.sha256(repr(told).encode()).hexdigest()
         try:
-            session = Session(policy, prompts, settings, fingerprint)
-            with session:
+            # ComfyUI runs nodes under inference mode; in the body only those that are not ours return to it (host.around)
+            with processes.outside_inference_mode(), Session(policy, prompts, settings, fingerprint) as session:
                 while not session.finished:
                     session.end(runner.step(session.begin())["update"])
                 return session.snapshot(), session.record()

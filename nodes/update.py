@@ -28,8 +28,6 @@ class Update:
         }}
 
     def update(self, policy, advantages, clip_range, train_fraction, optimizer_steps, max_grad_norm):
-        import torch
-
         from comfy_dancegrpo.grpo import update as grpo
 
         def tick(done: int, total: int) -> None:
@@ -38,7 +36,6 @@ class Update:
 
         settings = grpo.UpdateSettings(clip_range, train_fraction, optimizer_steps, max_grad_norm)
         try:
-            with torch.inference_mode(False):
-                return (grpo.update(policy.learner, advantages, settings, tick),)
+            return (grpo.update(policy.learner, advantages, settings, tick),)
         except (grpo.StaleRollout, grpo.NotFinite) as error:
             raise RunError(str(error)) from error

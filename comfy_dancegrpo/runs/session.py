@@ -79,7 +79,7 @@ def prompts_of(iteration: int, prompts: tuple[str, ...], count: int, seed: int) 
 
 
 class Session:
-    """One run. Use as a context: on leaving, the adapter comes off, and what was trained so far is kept on disk."""
+    """One run, outside inference mode. Use as a context: on leaving, the adapter comes off, and what was trained is kept on disk."""
 
     def __init__(self, policy: Policy, prompts: PromptList, settings: LoopSettings, fingerprint: str):
         if not prompts.prompts:
@@ -91,19 +91,18 @@ class Session:
 
     def __enter__(self) -> Session:
         settings = self.settings
-        with torch.inference_mode(False):
-            self.adapter = Adapter(self.policy, settings.lora, settings.seed)
-            try:
-                learner = Learner(self.policy, self.adapter.parameters, settings.optimizer, run=self.folder.name)
-                self.live = LivePolicy(self.policy, learner, settings)
-                if self.action == "start":
-                    self.folder.create(self._fingerprint)
-                else:
-                    self._load()
-                self._state = learner.state()
-            except BaseException:
-                self.adapter.remove()
-                raise
+        self.adapter = Adapter(self.policy, settings.lora, settings.seed)
+        try:
+            learner = Learner(self.policy, self.adapter.parameters, settings.optimizer, run=self.folder.name)
+            self.live = LivePolicy(self.policy, learner, settings)
+            if self.action == "start":
+                self.folder.create(self._fingerprint)
+            else:
+                self._load()
+            self._state = learner.state()
+        except BaseException:
+            self.adapter.remove()
+            raise
         host().run_started(self.folder.path)
         return self
 
