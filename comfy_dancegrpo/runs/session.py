@@ -59,13 +59,13 @@ class LivePolicy:
 
 
 def encode(policy: Policy, prompts: tuple[str, ...], cache: dict[str, Conditioning]) -> Conditioning:
-    """Each prompt alone, once: its encoding does not depend on which others came with it."""
+    """Each prompt alone, once: its encoding does not depend on which others came with it. The cache is kept on the CPU."""
     with torch.no_grad():
         for prompt in prompts:
             if prompt not in cache:
-                cache[prompt] = policy.encode([prompt])
+                cache[prompt] = Conditioning({name: value.cpu() for name, value in policy.encode([prompt]).tensors.items()})
     rows = [cache[prompt].tensors for prompt in prompts]
-    return Conditioning({name: torch.cat([r[name] for r in rows]) for name in rows[0]})
+    return Conditioning({name: torch.cat([r[name] for r in rows]).to(policy.device) for name in rows[0]})
 
 
 def prompts_of(iteration: int, prompts: tuple[str, ...], count: int, seed: int) -> tuple[str, ...]:
