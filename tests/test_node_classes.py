@@ -1,0 +1,130 @@
+"""What every node declares, and the ids and names that saved graphs depend on."""
+
+import inspect
+from pathlib import Path
+
+import pytest
+
+from comfy_dancegrpo import nodes
+from comfy_dancegrpo.workflow.convert import to_prompt
+from comfy_dancegrpo.workflow.loop import check_loops
+from comfy_dancegrpo.workflow.read import read_workflow
+from comfy_dancegrpo.workflow.schema import inputs_of, object_info
+from comfy_dancegrpo.workflow.validate import validate
+
+ROOT = Path(__file__).resolve().parent.parent
+REGISTRY = {**nodes.HOST_CLASS_MAPPINGS, **nodes.NODE_CLASS_MAPPINGS}
+
+# For ever: a saved graph holds widget values by their order and links by slot. New inputs and outputs go last (a required widget
+# never goes before an old one); nothing is renamed, reordered or removed.
+RECORDED = {
+    # id: (required inputs, optional inputs, outputs by type)
+    "DanceGRPOLoadPolicy": ("policy dtype", "", "DANCEGRPO_POLICY"),
+    "DanceGRPOPromptSet": ("text file limit", "", "DANCEGRPO_PROMPTS"),
+    "DanceGRPOLoopStart": (
+        "policy prompts run_name iterations prompts_per_iteration seed learning_rate weight_decay lora_rank lora_alpha lora_targets "
+        "ema_decay micro_batch checkpoint_every on_existing", "", "DANCEGRPO_LIVE_POLICY DANCEGRPO_PROMPTS INT"),
+    "DanceGRPOGroupSample": (
+        "policy prompts group_size steps transition eta shift guidance_scale width height initial_noise", "", "DANCEGRPO_ROLLOUT IMAGE"),
+    "DanceGRPOLoadReward": ("reward model batch_size", "", "DANCEGRPO_REWARD"),
+    "DanceGRPOScore": ("rollout reward weight", "images scores", "DANCEGRPO_SCORES"),
+    "DanceGRPOScoresFromNumbers": ("rollout numbers name weight", "scores", "DANCEGRPO_SCORES"),
+    "DanceGRPOAdvantage": ("scores clamp", "", "DANCEGRPO_ADVANTAGES"),
+    "DanceGRPOUpdate": ("policy advantages clip_range train_fraction optimizer_steps max_grad_norm", "", "DANCEGRPO_UPDATE"),
+    "DanceGRPOLoopEnd": ("update", "", "DANCEGRPO_LORA DANCEGRPO_RUN"),
+    "DanceGRPOLoopRunner": ("body", "", "DANCEGRPO_LORA DANCEGRPO_RUN"),
+    "DanceGRPOEvaluate": (
+        "policy lora prompts reward steps shift guidance_scale width height noise_seed batch_size grid_columns grid_rows",
+        "reward_2 reward_3", "IMAGE FLOAT STRING"),
+    "DanceGRPOPlotMetrics": ("run width height", "", "IMAGE"),
+    "DanceGRPOSaveLora": ("lora filename", "", ""),
+    # ComfyUI's own, as it declares them
+    "SaveImage": ("images filename_prefix", "", ""),
+    "PreviewImage": ("images", "", ""),
+    "LoadImage": ("image", "", "IMAGE MASK"),
+    "PrimitiveInt": ("value", "", "INT"),
+    "PrimitiveFloat": ("value", "", "FLOAT"),
+    "PrimitiveString": ("value", "", "STRING"),
+    "PrimitiveStringMultiline": ("value", "", "STRING"),
+    "PrimitiveBoolean": ("value", "", "BOOLEAN"),
+}
+# the choices that saved graphs hold; more may come, none may go
+CHOICES = {
+    "DanceGRPOLoadPolicy.policy": {"embedded"},
+    "DanceGRPOLoadPolicy.dtype": {"float32", "bfloat16", "float16"},
+    "DanceGRPOLoopStart.lora_targets": {"attention", "attention and feed-forward", "all linear layers"},
+    "DanceGRPOLoopStart.on_existing": {"new", "resume", "restart"},
+    "DanceGRPOGroupSample.transition": {"dance_sde", "ddim"},
+    "DanceGRPOGroupSample.initial_noise": {"shared", "independent"},
+    "DanceGRPOLoadReward.reward": {"clip_score", "shapes_agreement"},
+    "DanceGRPOLoadReward.model": {"embedded"},
+}
+ENGINE_BUILT = {"DanceGRPOLoopStart", "DanceGRPOLoopRunner"}  # called by the loop, with what it made
+
+every_node = pytest.mark.parametrize("name, cls", REGISTRY.items(), ids=REGISTRY)
+
+
+def test_ids_and_names_are_the_recorded_ones():
+    found = {name: tuple(" ".join(part) for part in (types.get("required", {}), types.get("optional", {}), cls.RETURN_TYPES))
+             for name, cls in REGISTRY.items() for types in [cls.INPUT_TYPES()]}
+    assert found == RECORDED
+
+
+@pytest.mark.parametrize("where", CHOICES)
+def test_recorded_choices_are_still_there(where):
+    name, _, choice = where.partition(".")
+    assert CHOICES[where] <= set(inputs_of(REGISTRY[name].INPUT_TYPES())[choice].choices)
+
+
+@every_node
+def test_inputs_say_what_they_are(name, cls):
+    for item in inputs_of(cls.INPUT_TYPES()).values():
+        where, options = f"{name}.{item.name}", item.options
+        assert len(options.get("tooltip", "")) > 5, where
+        if item.type in ("INT", "FLOAT") and item.is_widget:
+            assert options["min"] <= options["default"] <= options["max"] and options["min"] < options["max"], where
+            kind = int if item.type == "INT" else float
+            assert all(isinstance(options[key], kind) for key in ("min", "default", "max")), where
+        elif item.choices:
+            assert options.get("default", item.choices[0]) in item.choices, where
+        elif item.is_widget and item.choices is None:
+            assert "default" in options, where
+
+
+@every_node
+def test_outputs_are_named_and_told(name, cls):
+    types = cls.RETURN_TYPES
+    assert len(getattr(cls, "RETURN_NAMES", types)) == len(getattr(cls, "OUTPUT_TOOLTIPS", types)) == len(types)
+    assert cls.DESCRIPTION and cls.CATEGORY and (types or cls.OUTPUT_NODE)
+    if name in nodes.NODE_CLASS_MAPPINGS and name != "DanceGRPOLoopRunner" and types:
+        assert cls.RETURN_NAMES and all(cls.OUTPUT_TOOLTIPS)
+
+
+@every_node
+def test_the_function_takes_exactly_the_inputs(name, cls):
+    types = cls.INPUT_TYPES()
+    taken = inspect.signature(getattr(cls, cls.FUNCTION)).parameters
+    rest = [p for p in taken.values() if p.kind is inspect.Parameter.VAR_KEYWORD]
+    named = {n: p for n, p in taken.items() if p not in rest and n != "self"}
+    declared = [n for kind in ("required", "optional", "hidden") for n in types.get(kind, {})]
+    assert set(named) <= set(declared) and (set(named) == set(declared) or (rest and name in ENGINE_BUILT))
+    assert not rest or name in ENGINE_BUILT
+    assert all(named[n].default is not inspect.Parameter.empty for n in types.get("optional", {}))  # the host leaves them out
+
+
+def test_display_names_are_all_there_and_differ():
+    names = nodes.NODE_DISPLAY_NAME_MAPPINGS
+    assert names.keys() == nodes.NODE_CLASS_MAPPINGS.keys() and len(set(names.values())) == len(names)
+    assert not nodes.NODE_CLASS_MAPPINGS.keys() & nodes.HOST_CLASS_MAPPINGS.keys()
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "workflows").glob("*.json")), ids=lambda p: p.stem)
+def test_bundled_workflows_convert_and_are_valid(path):
+    saved = read_workflow(path)
+    prompt = to_prompt(saved, object_info(REGISTRY, nodes.NODE_DISPLAY_NAME_MAPPINGS))
+    validate(prompt, REGISTRY)
+    check_loops(prompt, REGISTRY)
+    notes = {"Note", "MarkdownNote"}
+    assert set(prompt) == {str(node["id"]) for node in saved.data["nodes"] if node["type"] not in notes}
+    for node in prompt.values():  # every widget's value was saved, none was filled in from the default
+        assert REGISTRY[node["class_type"]].INPUT_TYPES().get("required", {}).keys() <= node["inputs"].keys()
