@@ -34,7 +34,9 @@ def load(folder: Path):
 
     @torch.no_grad()
     def clip_score(pictures: Tensor, prompts: Sequence[str]) -> Tensor:
-        pixels = processor([p.cpu().numpy() for p in pictures], do_rescale=False, return_tensors="pt", input_data_format="channels_last")
+        # as a saved picture would score: the Pillow processor resizes in 8 bits, and would cut floats down to them
+        rounded = [(p.clamp(0, 1) * 255).round().byte().cpu().numpy() for p in pictures]
+        pixels = processor(rounded, return_tensors="pt", input_data_format="channels_last")
         tokens = tokenizer(list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt")
         output = model(input_ids=tokens.input_ids.to(model.device), pixel_values=pixels.pixel_values.to(model.device))
         return (output.image_embeds * output.text_embeds).sum(-1)
