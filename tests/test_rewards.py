@@ -1,0 +1,115 @@
+"""Rewards: the CLIP score against a computation of its own, and what is refused."""
+
+import math
+from dataclasses import astuple
+
+import numpy as np
+import pytest
+import torch
+from transformers import CLIPModel, PreTrainedTokenizerFast
+
+from comfy_dancegrpo import rewards
+from comfy_dancegrpo.embedded import REWARD, shapes
+from comfy_dancegrpo.errors import RunError
+from comfy_dancegrpo.rewards import Reward
+from comfy_dancegrpo.workflow.host import Host, use
+
+CAPTIONS = [a.caption for a in shapes.every()[::97]]
+PICTURES = torch.randint(256, (len(CAPTIONS), 64, 64, 3), generator=torch.Generator().manual_seed(0)) / 255
+needs_model = pytest.mark.skipif(not (REWARD / "config.json").is_file(), reason="the embedded reward is not in this checkout")
+
+
+@needs_model
+def test_clip_score_is_the_cosine_of_the_embeddings():
+    found = rewards.load("clip_score")(PICTURES, CAPTIONS)
+    # the same from the parts of the model, in float64, with the preprocessing by hand: the embedded model's pictures are 64x64,
+    # mean and deviation 0.5; its texts begin with token 606, end with 607, and are padded with 607 to 16
+    model = CLIPModel.from_pretrained(REWARD).double().eval()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(REWARD / "tokenizer.json"))
+    c = model.config.text_config
+    ids = []
+    for caption in CAPTIONS:
+        words = [i for i in tokenizer(caption, add_special_tokens=False).input_ids if i not in (c.bos_token_id, c.eos_token_id)]
+        assert len(words) <= c.max_position_embeddings - 2
+        ids.append([c.bos_token_id, *words] + [c.eos_token_id] * (c.max_position_embeddings - 1 - len(words)))
+    pixels = torch.from_numpy((PICTURES.numpy().astype(np.float64).transpose(0, 3, 1, 2) - 0.5) / 0.5)
+    with torch.no_grad():
+        image = model.visual_projection(model.vision_model(pixel_values=pixels).pooler_output).numpy()
+        hidden = model.text_model(input_ids=torch.tensor(ids)).last_hidden_state
+        ends = [row.index(c.eos_token_id) for row in ids]
+        text = model.text_projection(hidden[torch.arange(len(ids)), ends]).numpy()
+    expected = (image * text).sum(1) / np.linalg.norm(image, axis=1) / np.linalg.norm(text, axis=1)
+    assert found.dtype == torch.float32 and found.shape == (len(CAPTIONS),)
+    np.testing.assert_allclose(found.numpy(), expected, rtol=0, atol=1e-5)
+    assert np.ptp(expected) > 1e-3
+
+
+@needs_model
+def test_a_picture_scores_as_it_would_be_saved():
+    reward = rewards.load("clip_score")
+    expected = reward(PICTURES[:4], CAPTIONS[:4])
+    for change in (-0.4 / 255, 0.4 / 255):  # rounded, not cut, to 8 bits
+        assert torch.equal(reward(PICTURES[:4] + change, CAPTIONS[:4]), expected)
+    saturated = PICTURES[:4].round()
+    assert torch.equal(reward(saturated * 3 - 1, CAPTIONS[:4]), reward(saturated, CAPTIONS[:4]))  # out of 0..1 is clipped, never wrapped
+
+
+@needs_model
+def test_a_picture_scores_the_same_in_any_batch():
+    reward, together = rewards.load("clip_score"), rewards.load("clip_score", batch_size=16)(PICTURES, CAPTIONS)
+    alone = torch.cat([reward(PICTURES[k:k + 1], CAPTIONS[k:k + 1]) for k in range(len(CAPTIONS))])
+    torch.testing.assert_close(alone, together, rtol=0, atol=1e-6)
+    torch.testing.assert_close(rewards.load("clip_score", batch_size=4)(list(PICTURES), CAPTIONS), together, rtol=0, atol=1e-6)
+
+
+def test_shapes_agreement():
+    some = shapes.every()[::97]
+    pictures = torch.stack([torch.from_numpy(np.asarray(shapes.draw(a)) / 255).float() for a in some])
+    reward = rewards.load("shapes_agreement")
+    assert reward(pictures, CAPTIONS).tolist() == [1.0] * len(some)
+    turned = some[1:] + some[:1]
+    expected = [np.mean([x == y for x, y in zip(astuple(a), astuple(b))]) for a, b in zip(some, turned)]
+    np.testing.assert_allclose(reward(pictures, [a.caption for a in turned]), expected, atol=1e-6)
+
+
+def constant(*values, form=torch.tensor):
+    return Reward("mine", lambda pictures, prompts: form(list(values)))
+
+
+@pytest.mark.parametrize("value, shown", [(math.nan, "nan"), (math.inf, "inf"), (-math.inf, "-inf")])
+def test_what_is_no_number_is_named_with_its_prompt(value, shown):
+    with pytest.raises(RunError) as error:
+        constant(0.5, value)(PICTURES[:2], ["first", "second"])
+    assert str(error.value) == f"reward 'mine': found {shown} for the prompt 'second'; accepted: finite numbers"
+
+
+@pytest.mark.parametrize("values", [(), (0.5,), (0.5, 0.5, 0.5)])
+def test_a_wrong_count(values):
+    with pytest.raises(RunError) as error:
+        constant(*values)(PICTURES[:2], ["first", "second"])
+    assert str(error.value) == f"reward 'mine': found {len(values)} scores for 2 pictures"
+
+
+@pytest.mark.parametrize("form", [list, np.array, torch.tensor, lambda v: torch.tensor(v).double()[:, None]])
+def test_numbers_of_any_kind(form):
+    found = constant(0.25, 0.5, form=form)(PICTURES[:2], ["first", "second"])
+    assert found.dtype == torch.float32 and found.tolist() == [0.25, 0.5]
+
+
+def test_batches_are_of_the_size_asked_for_and_in_order():
+    seen = []
+
+    def function(pictures, prompts):
+        seen.append(len(pictures))
+        return [float(p) for p in prompts]
+
+    found = Reward("mine", function, batch_size=4)(torch.zeros(10, 2, 2, 3), [str(k) for k in range(10)])
+    assert seen == [4, 4, 2] and found.tolist() == list(range(10))
+
+
+def test_a_model_that_is_missing_names_the_folders_searched(tmp_path):
+    with use(Host(models=tmp_path)), pytest.raises(RunError, match="found 'big', which is in none of the folders searched") as error:
+        rewards.load("clip_score", "big")
+    assert str(tmp_path / "reward_models") in str(error.value)
+    with use(Host(models=tmp_path)), pytest.raises(RunError):
+        rewards.load("clip_score", "../../etc")
