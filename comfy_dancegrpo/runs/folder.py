@@ -29,10 +29,17 @@ def write_atomically(path: Path, data: bytes | str) -> None:
     os.replace(beside, path)
 
 
-def checked_name(name: str) -> str:
-    """Raises `RunError` unless the name is a plain folder name that every system takes."""
-    if not re.fullmatch(r"[\w][\w .-]{0,99}", name) or name.endswith((".", " ")):
-        raise RunError(f'input "run_name": found {name!r}, accepted: letters, digits, "_", "-", "." and spaces, at most 100')
+def name_problem(name: str, input: str) -> str | None:
+    """The line about a name that is no plain file name which every system takes; None where it is one."""
+    if re.fullmatch(r"[\w][\w .-]{0,99}", name) and not name.endswith((".", " ")):
+        return None
+    return f'input "{input}": found {name!r}, accepted: letters, digits, "_", "-", "." and spaces, at most 100'
+
+
+def checked_name(name: str, input: str = "run_name") -> str:
+    """The name. Raises `RunError` where `name_problem` names one: it may have come over a link, which no one checked before."""
+    if line := name_problem(name, input):
+        raise RunError(line)
     return name
 
 
