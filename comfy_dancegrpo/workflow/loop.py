@@ -65,13 +65,14 @@ def find_body(prompt: Prompt, loop_end_id: str, registry: Mapping[str, type]) ->
     """Finds the loop that `loop_end_id` closes.
 
     The body is every descendant of Loop Start that is reached without passing through Loop End, side branches included.
-    Raises WorkflowError: no Loop Start above, or two; a nested loop; a second Loop End.
+    Raises WorkflowError: no Loop Start above, or two; a nested loop; a second Loop End; a body that waits for the loop's end.
     """
     start_id = _find_start(prompt, loop_end_id, registry)
     inside = descendants(prompt, [start_id], stop=lambda node_id: node_id == loop_end_id)
     inside = [node_id for node_id in inside if node_id != loop_end_id]
     _refuse_other_loops(prompt, loop_end_id, inside, registry)
     nodes = {node_id: _plain(prompt[node_id]) for node_id in prompt if node_id in {start_id, *inside}}
+    _refuse_what_comes_after(prompt, loop_end_id, nodes)
     spec = NodeSpec(registry[prompt[loop_end_id]["class_type"]])
     results = {name: [source, slot] for name, source, slot in links(prompt[loop_end_id]) if spec.is_raw(name)}
     named = [*((source, slot) for node in nodes.values() for _, source, slot in links(node)), *map(tuple, results.values())]
@@ -116,6 +117,15 @@ def _refuse_other_loops(prompt: Prompt, end_id: str, inside: Collection[str], re
     for node_id in inside:
         if _is(prompt, node_id, registry, "LOOP_END"):
             raise WorkflowError(f"{label(prompt, node_id)}: closes the same loop as {label(prompt, end_id)}, accepted: one Loop End")
+
+
+def _refuse_what_comes_after(prompt: Prompt, end_id: str, body: Collection[str]) -> None:
+    after = {end_id, *descendants(prompt, [end_id])}.difference(body)
+    for node_id in body:
+        for name, source, _ in links(prompt[node_id]):
+            if source in after:
+                raise WorkflowError(f'{label(prompt, node_id)}: input "{name}": found a link from {label(prompt, source)}, which comes after '
+                                    f"{label(prompt, end_id)}; accepted here, in the loop's body: what is there before the loop ends")
 
 
 def _is(prompt: Prompt, node_id: str, registry: Mapping[str, type], attribute: str) -> bool:
