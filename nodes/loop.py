@@ -4,6 +4,7 @@ import hashlib
 
 from comfy_dancegrpo import processes
 from comfy_dancegrpo.errors import RunError
+from comfy_dancegrpo.runs.folder import name_problem
 from comfy_dancegrpo.workflow import loop
 from comfy_dancegrpo.workflow.host import host
 
@@ -48,6 +49,10 @@ class LoopStart:
             "on_existing": wires.choice(["new", "resume", "restart"], "Where the run's folder exists. new: the next free name, or, finished and "
                                         "unchanged, reopened. resume: goes on. restart: deletes it and starts afresh."),
         }}
+
+    @classmethod
+    def VALIDATE_INPUTS(cls, run_name):
+        return (run_name is not None and name_problem(run_name, "run_name")) or True
 
     def start(self, **inputs):
         return loop.blocked(len(self.RETURN_TYPES))

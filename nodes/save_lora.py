@@ -1,9 +1,11 @@
 from __future__ import annotations
 
-from comfy_dancegrpo.errors import RunError
+from comfy_dancegrpo.runs.folder import checked_name, name_problem
 from comfy_dancegrpo.workflow.host import host
 
 from . import wires
+
+SUFFIX = ".safetensors"
 
 
 class SaveLora:
@@ -22,15 +24,15 @@ class SaveLora:
             "filename": ("STRING", {"default": "", "tooltip": "Of the file, in the run's lora folder; empty takes the run's name."}),
         }}
 
+    @classmethod
+    def VALIDATE_INPUTS(cls, filename):
+        return (filename and name_problem(filename.removesuffix(SUFFIX), "filename")) or True
+
     def save(self, lora, filename: str):
         from comfy_dancegrpo.lora import files
-        from comfy_dancegrpo.runs.folder import checked_name
 
-        try:
-            name = checked_name(filename.removesuffix(".safetensors") or lora.folder.name)
-        except RunError as error:
-            raise RunError(str(error).replace("run_name", "filename")) from None
-        path = lora.folder / "lora" / f"{name}.safetensors"
+        name = checked_name(filename.removesuffix(SUFFIX) or lora.folder.name, "filename")
+        path = lora.folder / "lora" / f"{name}{SUFFIX}"
         files.save(lora, path)
         host().say(f"LoRA{' (moving average)' if lora.averaged else ''} after {lora.iterations} iterations: {path}")
         return {"ui": {"text": [str(path)]}}
