@@ -57,11 +57,13 @@ def _read_file(path: Path) -> bytes:
 
 def _text_of_png(raw: bytes, source: str) -> bytes:
     """The "workflow" text, for the saved graph is the program; else the "prompt" that ComfyUI writes for API calls."""
-    from PIL import Image
+    from PIL import Image, UnidentifiedImageError
 
     try:
         with Image.open(io.BytesIO(raw)) as image:
             texts = dict(image.info)
+    except UnidentifiedImageError:  # its words name an object of ours
+        raise WorkflowError(f"{source}: not a readable PNG: it is damaged or cut off") from None
     except (OSError, SyntaxError, ValueError) as error:  # what PIL raises for broken files and for oversized text
         raise WorkflowError(f"{source}: not a readable PNG: {error}") from None
     for key in ("workflow", "prompt"):
