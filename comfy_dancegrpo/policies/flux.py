@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-
 import numpy as np
 import torch
 from diffusers import FluxPipeline
@@ -52,7 +50,6 @@ class Flux(Policy):
             raise ValueError(f"found {width}x{height} pixels, accepted: multiples of {patch}")
         return height // patch, width // patch
 
-    @functools.lru_cache(maxsize=8)  # noqa: B019 (a policy lives as long as the process)
     def _image_ids(self, height: int, width: int) -> Tensor:
         return self.pipeline._prepare_latent_image_ids(1, *self._patches(height, width), self.device, self.dtype)
 
