@@ -10,7 +10,7 @@ from statistics import NormalDist
 import torch
 from torch import Tensor
 
-from ..grpo.protocol import SamplingPlan
+from ..grpo.protocol import Conditioning, SamplingPlan
 from ..grpo.rollout import Request, sample
 from ..lora.adapter import LoraSnapshot, applied
 from ..policies.base import Policy
@@ -63,16 +63,17 @@ def evaluate(policy: Policy, snapshot: LoraSnapshot, prompts: tuple[str, ...], r
     """Samples each prompt once without and once with the LoRA, from the same noise (fixed by the seed), and scores both."""
     request = Request(prompts, 1, policy.latent_shape(plan.height, plan.width), seed, iteration=-1, micro_batch=micro_batch)
 
-    def pictures(done: int) -> Tensor:
+    def pictures(conditioning: Conditioning, done: int) -> Tensor:
         def tick(now: int, total: int) -> None:
             host().check_interrupt()
             host().progress(done + now, 2 * total)
-        return sample(policy, request, encode(policy, prompts, {}), plan, ("evaluation", 0), tick=tick).pictures
+        return sample(policy, request, conditioning, plan, ("evaluation", 0), tick=tick).pictures
 
     with torch.inference_mode(False):
-        before = pictures(0)
+        conditioning = encode(policy, prompts, {})
+        before = pictures(conditioning, 0)
         with applied(policy, snapshot):
-            after = pictures(len(prompts))
+            after = pictures(conditioning, len(prompts))
         comparisons = [Comparison(r.name, r(before, prompts), r(after, prompts)) for r in rewards]
     return Evaluation(prompts, tuple(comparisons), before, after)
 
