@@ -50,19 +50,24 @@ def read(name: str) -> list[str]:
         text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise RunError(f'input "file": {path} is not UTF-8 (byte {error.start})') from None
-    parse = {".txt": str.splitlines, ".jsonl": _jsonl, ".csv": _csv}[path.suffix.lower()]
+    parse = {".txt": _lines, ".jsonl": _jsonl, ".csv": _csv}[path.suffix.lower()]
     try:
         prompts = [p.strip() for p in parse(text) if p.strip()]
-    except ValueError as error:
+    except (ValueError, csv.Error) as error:
         raise RunError(f'input "file": {path}: {error}') from None
     if not prompts:
         raise RunError(f'input "file": {path} has no prompt in it')
     return prompts
 
 
+def _lines(text: str) -> list[str]:
+    """Not `str.splitlines`: that breaks at U+2028 and its like too, which a JSON string may hold as they are."""
+    return text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+
+
 def _jsonl(text: str) -> list[str]:
     prompts = []
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(_lines(text), 1):
         if not line.strip():
             continue
         try:

@@ -37,7 +37,7 @@ class PromptSet:
 
     @classmethod
     def IS_CHANGED(cls, text, file, limit):
-        return prompts.find(file).stat().st_mtime_ns if file else 0
+        return prompts.find(file).stat().st_mtime_ns if file and file.strip() else 0
 
     @staticmethod
     def _prompts(text: str, file: str) -> list[str]:
