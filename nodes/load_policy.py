@@ -24,7 +24,7 @@ class LoadPolicy:
 
     @classmethod
     def VALIDATE_INPUTS(cls, policy):
-        return (policy and policies.problem(policy)) or True
+        return (policy is not None and policies.problem(policy)) or True
 
     def load(self, policy: str, dtype: str):
         return (policies.load(policy, dtype),)
