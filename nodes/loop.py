@@ -4,7 +4,7 @@ import hashlib
 
 from comfy_dancegrpo import processes
 from comfy_dancegrpo.errors import RunError
-from comfy_dancegrpo.runs.folder import name_problem
+from comfy_dancegrpo.runs.folder import ON_EXISTING, name_problem
 from comfy_dancegrpo.workflow import loop
 from comfy_dancegrpo.workflow.host import host
 
@@ -46,7 +46,7 @@ class LoopStart:
             "micro_batch": wires.integer(4, 1, 4096, "Samples in every denoiser call, in rollout and training. Lower it when memory runs out; "
                                                      "it belongs to the run, since kernels round differently at different sizes."),
             "checkpoint_every": wires.integer(20, 0, 1_000_000, "Iterations between checkpoints; 0 keeps one at the end alone."),
-            "on_existing": wires.choice(["new", "resume", "restart"], "Where the run's folder exists. new: the next free name, or, finished and "
+            "on_existing": wires.choice(list(ON_EXISTING), "Where the run's folder exists. new: the next free name, or, finished and "
                                         "unchanged, reopened. resume: goes on. restart: deletes it and starts afresh."),
         }}
 

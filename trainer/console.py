@@ -25,18 +25,11 @@ class StoppedAtOnce(KeyboardInterrupt):
 
 
 class ConsoleHost(Host):
-    """Shows a run on stderr.
-
-    `workflow_source` and `prompt` are the workflow as given (its JSON, in bytes) and as executed; `run_folder` is where the run
-    writes, once it has started; `files` what output nodes saved. `lent` are classes of ComfyUI, called under inference mode.
-    """
+    """Shows a run on stderr. `files` is what output nodes saved; `lent` are classes of ComfyUI, called under inference mode."""
 
     def __init__(self, registry: dict[str, type], output: Path, input: Path, paths: ModelPaths, lent: frozenset[type] = frozenset()):
         super().__init__(registry, output, input, paths.models)
-        self.workflow_source = b""
-        self.prompt: dict[str, dict] = {}
         self.extra_pnginfo: dict[str, Any] | None = None
-        self.run_folder: Path | None = None
         self.files: dict[Path, None] = {}
         self._paths, self._lent = paths, lent
         self._stopped_by: int | None = None
@@ -59,9 +52,6 @@ class ConsoleHost(Host):
 
     def say(self, line: str) -> None:
         self._display.say(line)
-
-    def run_started(self, folder: Path) -> None:
-        self.run_folder = Path(folder)
 
     def around(self, node_class: type) -> contextlib.AbstractContextManager:
         if node_class not in self._lent:
