@@ -8,13 +8,13 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 from .. import __version__
+from ..atomic import replacing
 from ..errors import RunError
 from ..workflow.host import host
 
@@ -23,11 +23,9 @@ _DEVICES = re.compile(r"(con|prn|aux|nul|(com|lpt)[0-9\u00b9\u00b2\u00b3]) *(\.|
 
 
 def write_atomically(path: Path, data: bytes | str) -> None:
-    """Writes beside `path`, then renames: a reader, or a crash, never sees half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(path.name + ".part")
-    beside.write_bytes(data if isinstance(data, bytes) else data.encode("utf-8"))
-    os.replace(beside, path)
+    """Writes a whole file, or leaves the one that is there."""
+    with replacing(path) as beside:
+        beside.write_bytes(data if isinstance(data, bytes) else data.encode("utf-8"))
 
 
 def name_problem(name: str, input: str) -> str | None:
@@ -77,12 +75,12 @@ class RunFolder:
 
     def create(self, fingerprint: str) -> None:
         """Makes the folder and writes the workflow as given and as executed, where the host knows them."""
-        self.path.mkdir(parents=True, exist_ok=True)
+        # first, so that a run killed here is known for a run when it is resumed
+        self.write_record(fingerprint=fingerprint, state="running", iterations=0, version=__version__)
         if host().workflow_source:
             write_atomically(self.path / "workflow.json", host().workflow_source)
         if host().prompt:
             write_atomically(self.path / "prompt.json", json.dumps(host().prompt, indent=1) + "\n")
-        self.write_record(fingerprint=fingerprint, state="running", iterations=0, version=__version__)
 
 
 def choose(name: str, fingerprint: str, iterations: int, on_existing: str) -> tuple[RunFolder, str]:
