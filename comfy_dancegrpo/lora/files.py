@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from safetensors.torch import save_file
 
+from ..atomic import replacing
 from .adapter import LoraSnapshot
 
 
 def save(snapshot: LoraSnapshot, path: Path, metadata: dict[str, str] | None = None) -> None:
-    """Writes `<prefix><module>.lora_A.weight` and `…lora_B.weight`, float32, beside `path` first and then renamed.
+    """Writes `<prefix><module>.lora_A.weight` and `…lora_B.weight`, float32.
 
     alpha / rank is folded into lora_B and no alpha key is written: loaders differ in how they read one, and none is read as 1.
     """
@@ -26,7 +26,5 @@ def save(snapshot: LoraSnapshot, path: Path, metadata: dict[str, str] | None = N
         "dancegrpo.averaged": str(snapshot.averaged).lower(), "dancegrpo.rank": str(snapshot.settings.rank),
         "dancegrpo.alpha": str(snapshot.settings.alpha), **(metadata or {}),
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(path.name + ".part")
-    save_file(tensors, beside, metadata=header)
-    os.replace(beside, path)
+    with replacing(path) as beside:
+        save_file(tensors, beside, metadata=header)

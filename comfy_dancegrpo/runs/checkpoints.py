@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..atomic import replacing
 from ..workflow.host import host
 
 KEPT = 2
 
 
 def save(folder: Path, iterations: int, tensors: dict[str, Tensor], micro_batch: int) -> Path:
-    """Writes beside, then renames; the last `KEPT` are kept. Raises `OSError` (a full disk), with the former ones untouched."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """The last `KEPT` are kept. Raises `OSError` (a full disk), with the former ones untouched."""
     path = folder / f"{iterations:06d}.safetensors"
-    beside = path.with_name(path.name + ".part")
-    save_file(tensors, beside, metadata={"iterations": str(iterations), "micro_batch": str(micro_batch)})
-    os.replace(beside, path)
+    with replacing(path) as beside:
+        save_file(tensors, beside, metadata={"iterations": str(iterations), "micro_batch": str(micro_batch)})
     for old in sorted(folder.glob("*.safetensors"))[:-KEPT]:
         old.unlink()
     return path
