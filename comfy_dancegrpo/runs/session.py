@@ -117,11 +117,11 @@ class Session:
                            "from here on the run is not bit for bit what it would have been")
             self.live.learner.load_state(tensors)
             self._saved = self._done
-            if self.action == "resume":
-                host().say(f"run {self.folder.name!r} in {self.folder.path} goes on after iteration {self._done}")
-            else:
+            if self.finished:
                 host().say(f"run {self.folder.name!r} in {self.folder.path} is finished and unchanged; nothing is trained "
                            '("on_existing" restart trains it again)')
+            else:  # also a finished run whose last checkpoint is damaged
+                host().say(f"run {self.folder.name!r} in {self.folder.path} goes on after iteration {self._done}")
         metrics.cut_after(self.folder.metrics, self._done)
         rows = metrics.read(self.folder.metrics)
         self.first_reward = rows[0]["reward_mean"] if rows else None
