@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import unicodedata
 from collections.abc import Iterable
 from typing import Any
 
@@ -11,8 +12,13 @@ _SHOWN_LETTERS = 60
 
 
 def label(node_id: str, title: str) -> str:
-    """How a line names a node."""
-    return f'node {node_id} "{title}"'
+    """How a line names a node: one line of print, whatever the workflow holds."""
+    return f'node {_printable(node_id)} "{_printable(title)}"'
+
+
+def _printable(text: str) -> str:
+    """Line breaks and what a terminal would obey become spaces."""
+    return "".join(" " if unicodedata.category(letter) in ("Cc", "Zl", "Zp") else letter for letter in text)
 
 
 def title_of(node: Any) -> str:
@@ -20,7 +26,7 @@ def title_of(node: Any) -> str:
     if not isinstance(node, dict):
         return ""
     meta = node.get("_meta")
-    return str((isinstance(meta, dict) and meta.get("title")) or node.get("class_type", ""))
+    return _printable(str((isinstance(meta, dict) and meta.get("title")) or node.get("class_type", "")))
 
 
 def node_label(node_id: str, prompt: dict[str, Any]) -> str:
