@@ -1,4 +1,4 @@
-"""Rank, world size and device; wraps accelerate, and nothing else knows how many processes there are."""
+"""Which process this is, and its device; wraps accelerate, and nothing else knows how many processes there are."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import functools
 from collections.abc import Iterator
 
 from .errors import WorkflowError
+from .workflow.host import host
 
 
 @functools.cache
@@ -19,21 +20,9 @@ def _state():
     return state
 
 
-def rank() -> int:
-    return _state().process_index
-
-
-def world_size() -> int:
-    return _state().num_processes
-
-
-def is_main() -> bool:
-    return _state().is_main_process
-
-
 def device():
     """The `torch.device` of this process."""
-    return _state().device
+    return host().device() or _state().device
 
 
 @contextlib.contextmanager

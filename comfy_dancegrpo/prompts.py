@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .errors import RunError
-from .workflow.host import host
+from .workflow.host import host, inside
 
 SUFFIXES = (".txt", ".jsonl", ".csv")
 
@@ -32,8 +32,8 @@ def folders() -> list[Path]:
 def find(name: str) -> Path:
     """Raises `RunError` naming the folders searched, also for a name that leaves them."""
     for folder in folders():
-        path = folder / name
-        if path.is_file() and path.resolve().is_relative_to(folder.resolve()):
+        path = inside(folder, name)
+        if path and path.is_file():
             return path
     raise RunError(f'input "file": found {name!r}, which is in none of the folders searched ({", ".join(map(str, folders()))})')
 

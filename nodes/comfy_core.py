@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 
 from comfy_dancegrpo.errors import RunError
-from comfy_dancegrpo.workflow.host import host
+from comfy_dancegrpo.workflow.host import host, inside
 
 from . import wires
 
@@ -30,15 +30,24 @@ class SaveImage:
                              "filename_prefix": ("STRING", {"default": "ComfyUI", "tooltip": "Begins each file's name."})},
                 "hidden": {"prompt": "PROMPT", "extra_pnginfo": "EXTRA_PNGINFO"}}
 
+    @classmethod
+    def VALIDATE_INPUTS(cls, filename_prefix):
+        return (filename_prefix is not None and cls._problem(filename_prefix)) or True
+
+    @staticmethod
+    def _problem(prefix: str) -> str | None:
+        if inside(_images_folder(), prefix) and not prefix.endswith(("/", "\\")):
+            return None
+        return f'input "filename_prefix": found {prefix!r}, accepted: a name that stays within the output folder'
+
     def save(self, images, filename_prefix="ComfyUI", prompt=None, extra_pnginfo=None):
         from PIL.PngImagePlugin import PngInfo
 
         from comfy_dancegrpo.runs.pictures import to_image
 
-        root = _images_folder().resolve()
-        target = (root / filename_prefix).resolve()
-        if not target.is_relative_to(root) or target == root:
-            raise RunError(f'input "filename_prefix": found {filename_prefix!r}, accepted: a name within {root}')
+        if problem := self._problem(filename_prefix):
+            raise RunError(problem)
+        target = inside(_images_folder(), filename_prefix)
         target.parent.mkdir(parents=True, exist_ok=True)
         taken = [int(m[1]) for p in target.parent.glob("*.png") if (m := re.fullmatch(re.escape(target.name) + r"_(\d{5,})_\.png", p.name))]
         counter, saved, info = max(taken, default=0) + 1, [], PngInfo()
@@ -48,7 +57,7 @@ class SaveImage:
         for i, picture in enumerate(images):
             path = target.parent / f"{target.name}_{counter + i:05d}_.png"
             to_image(picture).save(path, pnginfo=info)
-            relative = path.relative_to(host().output_folder.resolve())
+            relative = path.relative_to(host().output_folder)
             saved.append({"filename": path.name, "subfolder": relative.parent.as_posix(), "type": "output"})
         return {"ui": {"images": saved}}
 
@@ -87,9 +96,8 @@ class LoadImage:
 
     @staticmethod
     def _path(name: str) -> Path | None:
-        folder = host().input_folder
-        path = folder / name
-        return path if path.is_file() and path.resolve().is_relative_to(folder.resolve()) else None
+        path = inside(host().input_folder, name)
+        return path if path and path.is_file() else None
 
     def load(self, image: str):
         import numpy as np

@@ -24,6 +24,7 @@ class ComfyHost(host.Host):
     def __init__(self) -> None:
         super().__init__(comfy_nodes.NODE_CLASS_MAPPINGS, models=folder_paths.models_dir)
         self.registry = comfy_nodes.NODE_CLASS_MAPPINGS  # not a copy: packs that load later are in it too
+        self._previews: dict[str, list[list[Path]]] = {}
         for kind in ("diffusers", "reward_models"):
             if kind not in folder_paths.folder_names_and_paths:
                 folder_paths.add_model_folder_path(kind, str(Path(folder_paths.models_dir) / kind))
@@ -44,6 +45,9 @@ class ComfyHost(host.Host):
     def input_folder(self, value: Any) -> None:
         """ComfyUI's own setting counts."""
 
+    def device(self) -> Any:
+        return comfy.model_management.get_torch_device()
+
     def model_folders(self, kind: str) -> list[Path]:
         try:
             return [Path(p) for p in folder_paths.get_folder_paths(kind)]
@@ -59,6 +63,7 @@ class ComfyHost(host.Host):
 
     def node_output(self, node_id: str, ui: dict[str, Any]) -> None:
         self._send("executed", {"node": node_id, "display_node": node_id, "output": ui})
+        self._forget_previews(node_id, ui)
 
     def progress(self, value: float, total: float, text: str = "") -> None:
         comfy.utils.ProgressBar(total).update_absolute(value)  # raises when the stop button was pressed
@@ -74,6 +79,15 @@ class ComfyHost(host.Host):
     def around(self, node_class: type) -> contextlib.AbstractContextManager:
         ours = node_class.__module__.startswith("comfy_dancegrpo.")
         return contextlib.nullcontext() if ours else torch.inference_mode()
+
+    def _forget_previews(self, node_id: str, ui: dict[str, Any]) -> None:
+        """Deletes what a preview in the body wrote two iterations ago: ComfyUI empties its temp folder only at its start."""
+        temp = Path(folder_paths.get_temp_directory())
+        made = [temp / i.get("subfolder", "") / i["filename"] for i in ui.get("images", ()) if isinstance(i, dict) and i.get("type") == "temp"]
+        former = self._previews.setdefault(node_id, [])
+        former.append(made)
+        for path in former.pop(0) if len(former) > 2 else ():
+            path.unlink(missing_ok=True)
 
     @staticmethod
     def _send(event: str, data: dict[str, Any]) -> None:

@@ -30,7 +30,7 @@ class Evaluate:
             "guidance_scale": wires.number(3.5, 0.0, 100.0, "The model's own guidance; without effect where it has none.", 0.1),
             "width": wires.integer(720, 16, 8192, "Pixels.", 8),
             "height": wires.integer(720, 16, 8192, "Pixels.", 8),
-            "noise_seed": ("INT", {"default": 1000, "min": 0, "max": 2**63 - 1, "control_after_generate": True, "tooltip": "Of the fixed noise."}),
+            "noise_seed": ("INT", {"default": 1000, "min": 0, "max": 2**63 - 1, "control_after_generate": False, "tooltip": "Of the fixed noise."}),
             "batch_size": wires.integer(4, 1, 4096, "Samples in every denoiser call."),
             "grid_columns": wires.integer(8, 1, 64, "Pairs in a row of the grid."),
             "grid_rows": wires.integer(2, 1, 64, "Rows of pairs in the grid."),
@@ -51,13 +51,11 @@ class Evaluate:
             raise RunError(f'inputs "width" and "height": {error}') from None
         plan = SamplingPlan(policy.time_grid(steps, shift, height, width), evaluate.NOISELESS[policy.process], 0.0, guidance_scale, height, width)
         found = evaluate.evaluate(policy, lora, prompts.prompts, rewards, plan, noise_seed, batch_size)
-        lines, folder = [], RunFolder(lora.folder)
+        folder = RunFolder(lora.folder)
+        host().say(f"Evaluate: without the LoRA, and with {'its moving average' if lora.averaged else 'it'} after {lora.iterations} iterations")
         for comparison in found.comparisons:
-            s = comparison.summary()
-            folder.add_to_summary("evaluations", comparison.reward, s)
-            lines.append(f"{comparison.reward}: {s['before']:.4f} -> {s['after']:.4f}, gain {s['gain']:+.4f} "
-                         f"(95 %: {s['ci95'][0]:+.4f} to {s['ci95'][1]:+.4f}, t {s['t']:.1f}, {s['n']} prompts)")
-            host().say(lines[-1])
+            folder.add_to_summary("evaluations", comparison.reward, comparison.summary())
+            host().say(comparison.line())
         grid = pictures.before_after(found, grid_columns, grid_rows)
-        report = "\n".join(lines)
+        report = "\n".join(c.line() for c in found.comparisons)
         return {"ui": {"text": [report]}, "result": (pictures.to_tensor(grid), found.comparisons[0].summary()["gain"], report)}

@@ -4,15 +4,14 @@ import hashlib
 
 from comfy_dancegrpo import processes
 from comfy_dancegrpo.errors import RunError
-from comfy_dancegrpo.runs.folder import ON_EXISTING, name_problem
+from comfy_dancegrpo.runs.folder import MAY_CHANGE, ON_EXISTING, name_problem
 from comfy_dancegrpo.workflow import loop
 from comfy_dancegrpo.workflow.host import host
 
 from . import wires
 
 LORA_TARGETS = ["attention", "attention and feed-forward", "all linear layers"]  # every family has these
-# inputs that may change without it being another run
-NOT_IN_FINGERPRINT = {("DanceGRPOLoopStart", name) for name in ("run_name", "iterations", "checkpoint_every", "on_existing")}
+NOT_IN_FINGERPRINT = {("DanceGRPOLoopStart", name) for name in MAY_CHANGE}
 
 
 class LoopStart:
@@ -34,7 +33,8 @@ class LoopStart:
             "run_name": ("STRING", {"default": "run", "tooltip": "The run's folder in the output folder."}),
             "iterations": wires.integer(200, 1, 1_000_000, "How many times the body runs."),
             "prompts_per_iteration": wires.integer(4, 1, 4096, "Groups sampled in each iteration."),
-            "seed": ("INT", {"default": 0, "min": 0, "max": 2**63 - 1, "control_after_generate": True,
+            # no control after generate: a seed that moves by itself would make every resume another run
+            "seed": ("INT", {"default": 0, "min": 0, "max": 2**63 - 1, "control_after_generate": False,
                              "tooltip": "Of the LoRA's start, the order of prompts, the noise and the choice of transitions."}),
             "learning_rate": wires.number(3e-4, 1e-8, 1.0, "AdamW's step size; a LoRA wants about 30 times what full weights do.", 1e-5),
             "weight_decay": wires.number(1e-4, 0.0, 1.0, "AdamW's.", 1e-4),

@@ -31,13 +31,10 @@ class LoadReward:
         }}
 
     @classmethod
-    def VALIDATE_INPUTS(cls, model):
-        try:
-            if model is not None:
-                rewards.find_model(model)
-        except RunError as error:
-            return str(error)
-        return True
+    def VALIDATE_INPUTS(cls, reward, model):
+        if reward is not None and reward not in rewards.REWARDS:
+            return f'input "reward": found {reward!r}, accepted: one of {", ".join(map(repr, rewards.REWARDS))}'
+        return True if reward is None or model is None else rewards.problem(reward, model) or True
 
     def load(self, reward: str, model: str, batch_size: int):
         return (rewards.load(reward, model, batch_size),)
@@ -49,7 +46,8 @@ def _with(rollout, name: str, weight: float, values, earlier, seconds: float):
 
     if earlier is not None and earlier.rollout is not rollout:
         raise RunError('input "scores": found scores of another rollout, accepted: of the one that is scored here')
-    columns = (*(earlier.columns if earlier else ()), (name, float(weight), values))
+    before = earlier.columns if earlier else ()
+    columns = (*before, (rewards.distinct(name, [column[0] for column in before]), float(weight), values))
     return Scores(rollout, columns, seconds + (earlier.seconds if earlier else 0.0))
 
 

@@ -5,7 +5,7 @@
 Stages, each kept in FOLDER as it ends: tokenizers, VAE, reward (a CLIP trained contrastively), flow (the FLUX transformer with
 its two text encoders), and `card.json` with the figures of the whole. The captions of the flow are followed only partly: each
 attribute of a training picture is redrawn with probability 0.25, so that reinforcement has something to do. The validation and
-test captions are never shown to the flow.
+test captions are never shown to the flow. Wants transformers 5; what it writes is read by 4 and 5 alike.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import (
     CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5TokenizerFast,
@@ -319,6 +320,7 @@ def main(arguments: list[str] | None = None) -> None:
         """Writes the policy so far in fp16, so that an early look is possible."""
         print({"step": step, **figures(pipe, reward)}, flush=True)
         copy.deepcopy(pipe).to(torch.float16).save_pretrained(options.output / "policy")
+        make_portable(options.output / "policy")
 
     pipe = train_flow(make_flow(clip_tokenizer, t5_tokenizer, vae, options.seed), bank, options.flow_steps, options.seed, keep)
     card |= figures(pipe, reward) | {"minutes": (time.time() - start) / 60, "torch": torch.__version__,
@@ -332,6 +334,22 @@ def save_reward(model: CLIPModel, tokenizer: CLIPTokenizer, folder: Path) -> Non
     tokenizer.save_pretrained(folder)
     size = {"height": shapes.PICTURE_SIZE, "width": shapes.PICTURE_SIZE}
     CLIPImageProcessorPil(size=size, crop_size=size, do_center_crop=False, image_mean=[0.5] * 3, image_std=[0.5] * 3).save_pretrained(folder)
+
+
+def make_portable(policy: Path) -> None:
+    """What transformers 5 saves, in the form that transformers 4 reads too: that is what many ComfyUI environments have."""
+    weights = policy / "text_encoder" / "model.safetensors"
+    tensors = load_file(weights)
+    save_file({name if name.startswith("text_model.") else f"text_model.{name}": value for name, value in tensors.items()},
+              weights, metadata={"format": "pt"})
+    index = policy / "model_index.json"
+    components = json.loads(index.read_text())
+    components |= {"tokenizer": ["transformers", "CLIPTokenizerFast"], "tokenizer_2": ["transformers", "T5TokenizerFast"]}
+    index.write_text(json.dumps(components, indent=2) + "\n")
+    for path in policy.glob("tokenizer*/tokenizer_config.json"):
+        settings = json.loads(path.read_text())
+        settings.pop("extra_special_tokens", None)  # a list here, and transformers 4 takes a dictionary
+        path.write_text(json.dumps(settings, indent=2) + "\n")
 
 
 if __name__ == "__main__":

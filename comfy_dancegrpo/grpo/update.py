@@ -49,6 +49,7 @@ class UpdateStats:
     transitions: int
     calls: CallCount
     seconds: float
+    clip_range: float
     advantages: Advantages = field(repr=False)
 
 
@@ -98,12 +99,12 @@ def update(learner: Learner, advantages: Advantages, settings: UpdateSettings,
             norm = learner.clip_grad_norm(settings.max_grad_norm)
             if not math.isfinite(norm):
                 learner.zero_grad()
-                raise NotFinite(f"the gradient's norm is {norm}; nothing was changed")
+                raise NotFinite(f"the gradient's norm is {norm}; its step was not taken")
             norms.append(norm)
             learner.optimizer_step()
     learner.finish_iteration()
     if not total:
-        return UpdateStats(0.0, 0.0, 0.0, 0.0, 0.0, 0, calls, time.perf_counter() - start, advantages)
+        return UpdateStats(0.0, 0.0, 0.0, 0.0, 0.0, 0, calls, time.perf_counter() - start, settings.clip_range, advantages)
     every = torch.cat(ratios).cpu().double()  # float32 has no digit left of rho - 1 - log(rho) where rho is near 1
     return UpdateStats(
         loss=torch.cat(losses).mean().item(),
@@ -111,7 +112,7 @@ def update(learner: Learner, advantages: Advantages, settings: UpdateSettings,
         clip_fraction=((every - 1).abs() > settings.clip_range).double().mean().item(),
         approx_kl=(every - 1 - every.log()).mean().item(),
         grad_norm=sum(norms) / len(norms), transitions=total, calls=calls,
-        seconds=time.perf_counter() - start, advantages=advantages,
+        seconds=time.perf_counter() - start, clip_range=settings.clip_range, advantages=advantages,
     )
 
 

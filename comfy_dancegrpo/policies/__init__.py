@@ -56,11 +56,15 @@ def _family(folder: Path) -> tuple[str, str]:
     if not index.is_file():
         raise RunError(f'input "policy": found {folder}, which has no model_index.json; {accepted}')
     try:
-        name = json.loads(index.read_text(encoding="utf-8"))["_class_name"]
-    except (ValueError, KeyError, TypeError):
+        components = json.loads(index.read_text(encoding="utf-8"))
+        name = components["_class_name"]
+        libraries = {value[0] for value in components.values() if isinstance(value, list) and value[0]}
+    except (ValueError, KeyError, TypeError, IndexError):
         raise RunError(f'input "policy": found {index}, which names no pipeline class; {accepted}') from None
-    if name not in FAMILIES:
+    if not isinstance(name, str) or name not in FAMILIES:
         raise RunError(f'input "policy": found {name} in {index}, a family that is not known; {accepted}')
+    if odd := libraries - {"diffusers", "transformers"}:  # diffusers would import code of that name from the folder
+        raise RunError(f'input "policy": found the library {odd.pop()!r} in {index}, accepted: diffusers and transformers')
     return FAMILIES[name]
 
 

@@ -7,14 +7,13 @@ from pathlib import Path
 
 import diffusers
 import torch
-from packaging.version import Version
 from torch import Tensor
 
 from .. import processes
 from ..grpo.protocol import Conditioning, SamplingPlan, TimeGrid
 from ..quiet import quiet_loading
 
-_DTYPE_ARGUMENT = "dtype" if Version(diffusers.__version__) >= Version("0.40") else "torch_dtype"
+_DTYPE_ARGUMENT = "dtype" if tuple(map(int, diffusers.__version__.split(".")[:2])) >= (0, 40) else "torch_dtype"
 
 
 class Policy(abc.ABC):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
+import itertools
+import json
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -14,10 +16,10 @@ from ..workflow.host import host
 if TYPE_CHECKING:
     from torch import Tensor
 
-REWARDS: dict[str, str] = {
-    # name -> module; the module has `load(folder: Path | None, device) -> RewardFunction` and NEEDS_MODEL
-    "clip_score": "clip_score",
-    "shapes_agreement": "shapes_agreement",
+REWARDS: dict[str, tuple[str, str | None]] = {
+    # name -> (module with `load(folder) -> RewardFunction`, the `model_type` of its model's config.json; None: it has no model)
+    "clip_score": ("clip_score", "clip"),
+    "shapes_agreement": ("shapes_agreement", None),
 }
 EMBEDDED = "embedded"
 
@@ -58,6 +60,13 @@ class Reward:
         return values
 
 
+def distinct(name: str, taken: Collection[str]) -> str:
+    """The name, or name_2, name_3 … where it is taken: two CLIP scores by different models are told apart."""
+    if name not in taken:
+        return name
+    return next(f"{name}_{k}" for k in itertools.count(2) if f"{name}_{k}" not in taken)
+
+
 def available_models() -> list[str]:
     """Names that a reward's `model` may take: the embedded one, and what lies in `reward_models`."""
     return [EMBEDDED, *host().list_models("reward_models")]
@@ -74,8 +83,31 @@ def find_model(name: str) -> Path:
     raise RunError(f'input "model": found {name!r}, which is in none of the folders searched ({searched})')
 
 
+def _folder(name: str, model: str) -> Path | None:
+    """The folder of a reward's model, None for a reward without one. Raises `RunError` when it is missing or of another kind."""
+    wanted = REWARDS[name][1]
+    if wanted is None:
+        return None
+    folder = find_model(model)
+    try:
+        found = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
+    except (OSError, ValueError, AttributeError):
+        found = None
+    if found != wanted:
+        raise RunError(f'input "model": found {folder} (model_type {found!r}), accepted for {name}: a transformers folder of model_type {wanted!r}')
+    return folder
+
+
+def problem(name: str, model: str) -> str | None:
+    """Why `load` would fail, in one line, found without loading anything; None when it would not."""
+    try:
+        _folder(name, model)
+    except RunError as error:
+        return str(error)
+    return None
+
+
 def load(name: str, model: str = EMBEDDED, batch_size: int = 32) -> Reward:
-    """Raises `RunError` when the model is missing, `KeyError` on a name that is not in `REWARDS`."""
-    module = importlib.import_module(f".{REWARDS[name]}", __name__)
-    folder = find_model(model) if module.NEEDS_MODEL else None
-    return Reward(name, module.load(folder), batch_size)
+    """Raises `RunError` where `problem` names one, `KeyError` on a name that is not in `REWARDS`."""
+    module = importlib.import_module(f".{REWARDS[name][0]}", __name__)
+    return Reward(name, module.load(_folder(name, model)), batch_size)

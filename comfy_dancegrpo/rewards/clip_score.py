@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import CLIPModel, CLIPTokenizer
+from transformers import CLIPModel, CLIPTokenizerFast
 
 from .. import processes
 from ..quiet import quiet_loading
@@ -21,14 +21,12 @@ try:  # without torchvision, newer transformers has the Pillow processor under t
 except ImportError:
     from transformers import CLIPImageProcessor
 
-NEEDS_MODEL = True
-
 
 def load(folder: Path):
     with processes.outside_inference_mode(), quiet_loading():
         model = CLIPModel.from_pretrained(folder, local_files_only=True, use_safetensors=True)
         model = model.float().requires_grad_(False).eval().to(processes.device())
-    tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+    tokenizer = CLIPTokenizerFast.from_pretrained(folder, local_files_only=True)
     processor = CLIPImageProcessor.from_pretrained(folder, local_files_only=True)
     length = model.config.text_config.max_position_embeddings
 

@@ -13,8 +13,6 @@ from torch import Tensor
 
 from ..embedded import shapes
 
-NEEDS_MODEL = False
-
 
 def load(folder: Path | None = None):
     def shapes_agreement(pictures: Tensor, prompts: Sequence[str]) -> Tensor:

@@ -16,7 +16,7 @@ KEPT = 2
 
 def save(folder: Path, iterations: int, tensors: dict[str, Tensor], micro_batch: int) -> Path:
     """The last `KEPT` are kept. Raises `OSError` (a full disk), with the former ones untouched."""
-    path = folder / f"{iterations:06d}.safetensors"
+    path = folder / f"{iterations:07d}.safetensors"
     with replacing(path) as beside:
         save_file(tensors, beside, metadata={"iterations": str(iterations), "micro_batch": str(micro_batch)})
     for old in sorted(folder.glob("*.safetensors"))[:-KEPT]:

@@ -14,7 +14,7 @@ from ..grpo.protocol import Conditioning, SamplingPlan
 from ..grpo.rollout import Request, sample
 from ..lora.adapter import LoraSnapshot, applied
 from ..policies.base import Policy
-from ..rewards import Reward
+from ..rewards import Reward, distinct
 from ..workflow.host import host
 from .session import encode
 
@@ -31,14 +31,23 @@ class Comparison:
     after: Tensor = field(repr=False)
 
     def summary(self) -> dict[str, float]:
-        """before, after, gain (means), ci95 (its two bounds), t of the paired difference, n."""
+        """before, after, gain (means), ci95 (its two bounds), t of the paired difference, n; None where n is too small to tell."""
         difference = (self.after - self.before).double()
         n, gain = len(difference), difference.mean().item()
         error = difference.std().item() / math.sqrt(n) if n > 1 else math.nan
         reach = t_quantile(0.975, n - 1) * error if n > 1 else math.nan
-        t = gain / error if error > 0 else math.copysign(math.inf, gain) if gain and n > 1 else 0.0
+        ci95 = [gain - reach, gain + reach] if n > 1 else None
+        t = gain / error if error > 0 else None if gain or n < 2 else 0.0
         return {"before": self.before.double().mean().item(), "after": self.after.double().mean().item(), "gain": gain,
-                "ci95": [gain - reach, gain + reach], "t": t, "n": n}
+                "ci95": ci95, "t": t, "n": n}
+
+
+    def line(self) -> str:
+        """The summary in one line."""
+        s = self.summary()
+        interval = f"95 %: {s['ci95'][0]:+.4f} to {s['ci95'][1]:+.4f}, " if s["ci95"] else ""
+        t = f"t {s['t']:.1f}, " if s["t"] is not None else ""
+        return f"{self.reward}: {s['before']:.4f} -> {s['after']:.4f}, gain {s['gain']:+.4f} ({interval}{t}{s['n']} prompts)"
 
 
 @dataclass(frozen=True)
@@ -74,6 +83,9 @@ def evaluate(policy: Policy, snapshot: LoraSnapshot, prompts: tuple[str, ...], r
         before = pictures(conditioning, 0)
         with applied(policy, snapshot):
             after = pictures(conditioning, len(prompts))
-        comparisons = [Comparison(r.name, r(before, prompts), r(after, prompts)) for r in rewards]
+        comparisons: list[Comparison] = []
+        for reward in rewards:
+            name = distinct(reward.name, [c.reward for c in comparisons])
+            comparisons.append(Comparison(name, reward(before, prompts), reward(after, prompts)))
     return Evaluation(prompts, tuple(comparisons), before, after)
 

@@ -19,6 +19,7 @@ from ..errors import RunError
 from ..workflow.host import host
 
 ON_EXISTING = ("new", "resume", "restart")
+MAY_CHANGE = ("run_name", "iterations", "checkpoint_every", "on_existing", "micro_batch")  # without it being another run
 _DEVICES = re.compile(r"(con|prn|aux|nul|(com|lpt)[0-9\u00b9\u00b2\u00b3]) *(\.|$)", re.IGNORECASE)  # Windows writes to these, whatever the suffix
 
 
@@ -63,6 +64,8 @@ class RunFolder:
             return json.loads((self.path / "run.json").read_text(encoding="utf-8"))
         except (FileNotFoundError, NotADirectoryError):
             return {}
+        except ValueError:
+            raise RunError(f"{self.path / 'run.json'} is damaged; choose another \"run_name\", or delete that folder") from None
 
     def write_record(self, **changes: Any) -> None:
         write_atomically(self.path / "run.json", json.dumps({**self.record, **changes}, indent=2) + "\n")
@@ -73,41 +76,51 @@ class RunFolder:
         summary.setdefault(section, {})[key] = value
         write_atomically(path, json.dumps(summary, indent=2) + "\n")
 
-    def create(self, fingerprint: str) -> None:
-        """Makes the folder and writes the workflow as given and as executed, where the host knows them."""
+    def create(self, fingerprint: str, micro_batch: int) -> None:
+        """Makes the folder afresh, and writes the workflow as given and as executed, where the host knows them."""
+        if self.path.exists():
+            aside = self.path.with_name(self.path.name + ".replaced")
+            shutil.rmtree(aside, ignore_errors=True)
+            self.path.rename(aside)
+            shutil.rmtree(aside, ignore_errors=True)
         # first, so that a run killed here is known for a run when it is resumed
-        self.write_record(fingerprint=fingerprint, state="running", iterations=0, version=__version__)
+        self.write_record(fingerprint=fingerprint, micro_batch=micro_batch, state="running", iterations=0, version=__version__)
         if host().workflow_source:
             write_atomically(self.path / "workflow.json", host().workflow_source)
         if host().prompt:
             write_atomically(self.path / "prompt.json", json.dumps(host().prompt, indent=1) + "\n")
 
 
-def choose(name: str, fingerprint: str, iterations: int, on_existing: str) -> tuple[RunFolder, str]:
+def choose(name: str, fingerprint: str, iterations: int, micro_batch: int, on_existing: str) -> tuple[RunFolder, str]:
     """The folder for a run, and what to do there: "start", "resume" or "reopen" (it is finished; nothing is to be done).
 
     new: a finished, unchanged run is reopened; any other gets the next free name. resume: goes on, or is reopened when
-    finished. restart: the folder's former content is deleted.
+    finished; another micro_batch is let through there, and reported. restart: `create` deletes the folder's former content.
 
     Raises:
-        RunError: resume of a run whose workflow has changed; restart or resume in a folder that is not a run's.
+        RunError: resume of a run whose workflow has changed, or that has gone further than `iterations`; restart or resume in
+            a folder that is not a run's.
     """
     folder = RunFolder(host().output_folder / checked_name(name))
     record = folder.record
-    finished = record.get("state") == "finished" and record.get("iterations") == iterations
+    done = record.get("iterations", 0)
+    finished = record.get("state") == "finished" and done == iterations
     unchanged = record.get("fingerprint") == fingerprint
     if not folder.path.exists():
         return folder, "start"
     if on_existing == "new":
-        return (folder, "reopen") if finished and unchanged else (_next_free(folder.path), "start")
+        same = finished and unchanged and record.get("micro_batch") == micro_batch
+        return (folder, "reopen") if same else (_next_free(folder.path), "start")
     if not record:
         raise RunError(f'{folder.path} exists and is not a run of this program; choose another "run_name"')
     if on_existing == "restart":
-        shutil.rmtree(folder.path)
         return folder, "start"
     if not unchanged:
         raise RunError(f'run {name!r} in {folder.path} was made by another workflow{_difference(folder)}; '
                        'set "on_existing" to new or restart, or choose another "run_name"')
+    if done > iterations:
+        raise RunError(f'input "iterations": found {iterations}, and run {name!r} in {folder.path} has already done {done}; '
+                       'accepted to resume: as many or more')
     return folder, "reopen" if finished else "resume"
 
 
@@ -128,6 +141,6 @@ def _difference(folder: RunFolder) -> str:
         old, new = before[node_id]["inputs"], now[node_id]["inputs"]
         title = now[node_id].get("_meta", {}).get("title", now[node_id]["class_type"])
         found += [f"{title}.{k} was {old.get(k)!r} and is {new.get(k)!r}"
-                  for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k) and k not in ("on_existing", "run_name")]
+                  for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k) and k not in MAY_CHANGE]
     found += [f"node {i} was added or removed" for i in sorted(before.keys() ^ now.keys())]
-    return f" ({'; '.join(found[:4])})" if found else ""
+    return f" ({'; '.join(found[:4])})" if found else " (its prompts have changed)"

@@ -85,7 +85,8 @@ class Session:
         if not prompts.prompts:
             raise RunError("there are no prompts to train on")
         self.policy, self.prompts, self.settings = policy, prompts, settings
-        self.folder, self.action = choose(settings.run_name, fingerprint, settings.iterations, settings.on_existing)
+        self.folder, self.action = choose(
+            settings.run_name, fingerprint, settings.iterations, settings.micro_batch, settings.on_existing)
         self._fingerprint, self._done, self._saved, self._start = fingerprint, 0, -1, 0.0
         self.first_reward: float | None = None
 
@@ -96,7 +97,7 @@ class Session:
             learner = Learner(self.policy, self.adapter.parameters, settings.optimizer, run=self.folder.name)
             self.live = LivePolicy(self.policy, learner, settings)
             if self.action == "start":
-                self.folder.create(self._fingerprint)
+                self.folder.create(self._fingerprint, settings.micro_batch)
             else:
                 self._load()
             self._state = learner.state()
@@ -108,6 +109,9 @@ class Session:
 
     def _load(self) -> None:
         found = checkpoints.newest(self.folder.checkpoints)
+        if found is None and self.action == "reopen":
+            raise RunError(f"run {self.folder.name!r} in {self.folder.path} is finished, and its checkpoints are missing or damaged; "
+                           'set "on_existing" to restart, or choose another "run_name"')
         if found is None:
             host().say(f"run {self.folder.name!r} in {self.folder.path} has no checkpoint yet; it starts from the beginning")
         else:
@@ -121,6 +125,7 @@ class Session:
                 host().say(f"run {self.folder.name!r} in {self.folder.path} is finished and unchanged; nothing is trained "
                            '("on_existing" restart trains it again)')
             else:  # also a finished run whose last checkpoint is damaged
+                self.folder.write_record(state="running")
                 host().say(f"run {self.folder.name!r} in {self.folder.path} goes on after iteration {self._done}")
         metrics.cut_after(self.folder.metrics, self._done)
         rows = metrics.read(self.folder.metrics)
@@ -153,21 +158,21 @@ class Session:
             self._save("finished" if self.finished else "running")
         if self.first_reward is None:
             self.first_reward = row["reward_mean"]
+        if stats.ratio_deviation > self.ratio_limit(stats):
+            host().say(f"WARNING: iteration {self._done}: ratio deviation {stats.ratio_deviation:.1e}, accepted: "
+                       f"{self.ratio_limit(stats):g}; the replay differs from the rollout, so the gradient is of something else")
         host().progress(self._done, self.settings.iterations, self._line(row))
 
     def _line(self, row: dict) -> str:
         line = (f"reward {row['reward_mean']:.4f} ({row['reward_mean'] - self.first_reward:+.4f}), "
                 f"spread in groups {row['group_std']:.4f}, {row['seconds']['total']:.2f} s")
-        if row["ratio_deviation"] > self.ratio_limit:
-            line += f"; WARNING: ratio deviation {row['ratio_deviation']:.1e}: replay differs from the rollout"
         if row["flat_groups"]:
             line += f"; {row['flat_groups']} groups without spread"
         return line
 
-    @property
-    def ratio_limit(self) -> float:
-        """0 in float32; in half precision replay may round differently, within what the clip range of 1e-4 lets through."""
-        return 0.0 if self.policy.dtype == torch.float32 else 1e-4
+    def ratio_limit(self, stats: UpdateStats) -> float:
+        """0 in float32; in half precision, where replay may round differently, the clip range."""
+        return 0.0 if self.policy.dtype == torch.float32 else stats.clip_range
 
     def _save(self, state: str) -> None:
         if self._saved != self._done:
@@ -188,10 +193,14 @@ class Session:
 
     def __exit__(self, kind, error, trace) -> None:
         self.adapter.remove()
-        if kind is None or self._done == 0 or self.finished:
+        if kind is None or self._saved == self._done:
             return
-        self._save("stopped")  # a full disk raises here too: the former checkpoint is then still whole
+        if self._done == 0:
+            self.folder.write_record(state="stopped")
+            return
+        self._save("finished" if self.finished else "stopped")  # a full disk raises here too: the former checkpoint is still whole
         path = self.folder.lora / f"{self.folder.name}.safetensors"
         files.save(self.snapshot(), path)
-        host().say(f"stopped after iteration {self._done}: checkpoint in {self.folder.checkpoints}, LoRA so far in {path}")
+        host().say(f"stopped after iteration {self._done}: checkpoint in {self.folder.checkpoints}, LoRA so far in {path}; "
+                   'Loop Start\'s "on_existing" resume goes on from there')
 

@@ -7,8 +7,19 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any
+
+
+def inside(folder: Path, name: str) -> Path | None:
+    """`folder / name`, or None for a name that leaves the folder, as any system would read it.
+
+    Judged by the name: links within the folder are the user's own, and a workflow cannot make one.
+    """
+    parts = PureWindowsPath(name)
+    if not name or parts.drive or parts.root or ".." in parts.parts:
+        return None
+    return folder / name
 
 
 class Host:
@@ -19,25 +30,28 @@ class Host:
     """
 
     def __init__(self, registry: dict[str, type] | None = None, output: Path | str = "output", input: Path | str = "input",
-                 models: Path | str = "models", extra_model_folders: dict[str, list[Path]] | None = None):
+                 models: Path | str = "models"):
         self.registry = dict(registry or {})
         self.output_folder = Path(output)
         self.input_folder = Path(input)
         self.models_folder = Path(models)
-        self.extra_model_folders = dict(extra_model_folders or {})
         self.workflow_source = b""
         self.prompt: dict[str, dict] = {}
         self.run_folder: Path | None = None
 
     def model_folders(self, kind: str) -> list[Path]:
         """The folders searched for models of a kind ("diffusers", "checkpoints", "reward_models", "loras"), best first."""
-        return [self.models_folder / kind, *self.extra_model_folders.get(kind, [])]
+        return [self.models_folder / kind]
+
+    def device(self) -> Any:
+        """The `torch.device` to run on, where the host decides that; None leaves it to accelerate."""
+        return None
 
     def find_model(self, kind: str, name: str) -> Path | None:
         """The first existing file or folder `name` of a kind, or None; a name that leaves its folder is never found."""
         for folder in self.model_folders(kind):
-            path = folder / name
-            if path.exists() and path.resolve().is_relative_to(folder.resolve()):
+            path = inside(folder, name)
+            if path and path.exists():
                 return path
         return None
 

@@ -147,12 +147,12 @@ def expand(body: LoopBody, runner_class_type: str, results: int) -> dict[str, An
 
 
 def fingerprint(prompt: Prompt, body: LoopBody, leave_out: Collection[tuple[str, str]] = ()) -> str:
-    """sha256 over the body and all that Loop End descends from: class types, inputs and how they are linked.
+    """sha256 over all that Loop End descends from: class types, inputs and how they are linked.
 
-    Node ids, titles and the order of nodes do not matter. `leave_out` names inputs, as (class type, input name), that may
+    Node ids, titles, the order of nodes and side branches (a preview in the body) do not matter. `leave_out` names inputs, as (class type, input name), that may
     change without it being another run. A source in a cycle or not in the prompt raises, but validation comes first.
     """
-    ids = {body.end_id, *body.nodes, *ancestors(prompt, [body.end_id, *body.nodes])}
+    ids = {body.end_id, *ancestors(prompt, [body.end_id])}
     sources = {node_id: {source for _, source, _ in links(prompt[node_id])} for node_id in ids}
     digests: dict[str, str] = {}
     for node_id in TopologicalSorter(sources).static_order():
