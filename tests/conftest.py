@@ -81,5 +81,29 @@ def saved(tmp_path):
     return save
 
 
-def _sets(**values) -> list[str]:
-    return [word for name, value in values.items() for word in ("--set", f"{name.replace('_', ' ')}={value}")]
+# 6 samples in micro-batches of 4, the last padded; 3 trainable steps of which 2 are trained; 2 optimizer steps
+_TINY = {"Loop Start.prompts_per_iteration": 2, "Loop Start.micro_batch": 4, "Loop Start.lora_rank": 2, "Group Sample.group_size": 3,
+         "Group Sample.steps": 4, "Update.optimizer_steps": 2}
+_TINY_EVALUATION = {"Held-out Prompts.limit": 4, "Evaluate.steps": 2, "Evaluate.batch_size": 4}
+
+
+def _words(values) -> list[str]:
+    return [*(word for name, value in values.items() for word in ("--set", f"{name}={value}")), "--iterations", "2"]
+
+
+@pytest.fixture(scope="session")
+def tiny() -> list[str]:
+    """The words that make a run of the quickstart short."""
+    return _words(_TINY | _TINY_EVALUATION)
+
+
+@pytest.fixture(scope="session")
+def tiny_loop() -> list[str]:
+    """The same for `loop_only`."""
+    return _words(_TINY)
+
+
+@pytest.fixture
+def loop_only(prompt):
+    """The quickstart's prompt without what comes after its loop: a run of it ends with Loop End."""
+    return {node_id: node for node_id, node in prompt.items() if int(node_id) <= 11}

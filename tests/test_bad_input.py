@@ -4,6 +4,7 @@
 """
 
 import json
+import os
 import subprocess
 import sys
 
@@ -73,6 +74,7 @@ WORKFLOWS = {
     "policy that is no pipeline": (put("1", policy="bare"), [], ["bare, which has no model_index.json", "FluxPipeline"]),
     "policy of no class": (put("1", policy="nameless"), [], ["names no pipeline class", "FluxPipeline"]),
     "reward model missing": (put("3", model="nowhere"), [], ['"model": found \'nowhere\'', *SEARCHED, "{models}/reward_models"]),
+    "reward model of another kind": (put("3", model="strange"), [], ["{models}/reward_models/strange", "'siglip'", "'clip'"]),
     "run name that leaves the folder": (put("4", run_name="../away"), [], ['"run_name": found \'../away\'', "letters, digits"]),
     "file name that leaves the folder": (put("11", filename="../away"), [], ['"filename": found \'../away\'', "letters, digits"]),
     "--set on no node": (as_is, ["--set", "Loop Strt.seed=1"], ['"Loop Strt"', "did you mean 'Loop Start'"]),
@@ -110,12 +112,15 @@ def folders(tmp_path):
     (given / "other.csv").write_text("text\na cat\n")
     (models / "diffusers/strange/model_index.json").write_text(json.dumps({"_class_name": "NoSuchPipeline"}))
     (models / "diffusers/nameless/model_index.json").write_text("[]")
-    return {"input": given, "models": models}
+    (models / "reward_models/strange").mkdir(parents=True)
+    (models / "reward_models/strange/config.json").write_text(json.dumps({"model_type": "siglip"}))
+    return {"input": given.as_posix(), "models": models.as_posix()}
 
 
 def check(done, fragments, what, output):
     line = "\n".join(done.err)
     print(f"\n{what}: {line}")
+    line = line.replace(os.sep, "/")
     assert done.status == 2 and len(done.err) == 1 and done.verdict and done.out == []
     assert all(fragment in line for fragment in fragments), line
     assert not output.exists()

@@ -123,17 +123,17 @@ module = load_custom_node({str(clone)!r})
 for node in module.NODE_CLASS_MAPPINGS.values():
     node.INPUT_TYPES()
 heavy = {{"torch", "numpy", "diffusers", "transformers", "peft", "accelerate", "safetensors", "PIL", "matplotlib"}} & sys.modules.keys()
-print(heavy, "trainer" in sys.modules, sys.modules["nodes"] is theirs, sys.modules["comfy_dancegrpo.nodes"].__file__)
+print(heavy, "trainer" in sys.modules, sys.modules["nodes"] is theirs, sys.modules["comfy_dancegrpo.nodes"].__file__, sep="|")
 """
     done = python(code, cwd=clone.parent)
-    assert done.stdout.split() == ["set()", "False", "True", str(clone / "nodes" / "__init__.py")]
+    assert done.stdout.strip().split("|") == ["set()", "False", "True", str(clone / "nodes" / "__init__.py")]
 
 
 def test_the_program_runs_from_a_clone(clone):
     done = subprocess.run([sys.executable, "-m", "comfy_dancegrpo.trainer", "--help"], cwd=clone, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0 and "validate" in done.stdout and done.stderr == ""
     where = "import comfy_dancegrpo.trainer.commands as c, comfy_dancegrpo.nodes as n; print(c.__file__); print(n.__file__)"
-    assert python(where, cwd=clone).stdout.split() == [str(clone / "trainer/commands.py"), str(clone / "nodes/__init__.py")]
+    assert python(where, cwd=clone).stdout.splitlines() == [str(clone / "trainer/commands.py"), str(clone / "nodes/__init__.py")]
 
 
 def test_a_clone_named_as_the_package_imports_from_its_parent(tmp_path):
