@@ -10,7 +10,7 @@ from comfy_dancegrpo.workflow.host import host
 
 from . import wires
 
-LORA_TARGETS = ["attention", "attention and feed-forward", "all linear layers"]  # every family has these
+LORA_TARGETS = ["attention", "attention and feed-forward", "all linear layers", "modulation"]  # every family has these
 NOT_IN_FINGERPRINT = {("DanceGRPOLoopStart", name) for name in MAY_CHANGE}
 
 
@@ -40,11 +40,13 @@ class LoopStart:
             "weight_decay": wires.number(1e-4, 0.0, 1.0, "AdamW's.", 1e-4),
             "lora_rank": wires.integer(16, 1, 1024, "Width of the LoRA."),
             "lora_alpha": wires.number(16.0, 0.01, 4096.0, "The LoRA's update is scaled by alpha / rank.", 1.0),
-            "lora_targets": wires.choice(LORA_TARGETS, "Which layers of the denoiser's blocks take a LoRA.", LORA_TARGETS[1]),
+            "lora_targets": wires.choice(LORA_TARGETS, "Which layers of the denoiser's blocks take a LoRA. modulation: those by which text and time "
+                                         "scale and shift; few weights, so they learn from few samples.", LORA_TARGETS[1]),
             "ema_decay": wires.number(0.0, 0.0, 0.99999, "Of the LoRA's moving average, once an optimizer step; it is what is saved and "
                                                          "evaluated. 0 turns it off.", 0.001),
             "micro_batch": wires.integer(4, 1, 4096, "Samples in every denoiser call, in rollout and training. Lower it when memory runs out; "
-                                                     "it belongs to the run, since kernels round differently at different sizes."),
+                                                     "it belongs to the run, since kernels round differently at different sizes. 1 to 4 and multiples of 8 "
+                                                     "are exact; others may round by the place in the batch."),
             "checkpoint_every": wires.integer(20, 0, 1_000_000, "Iterations between checkpoints; 0 keeps one at the end alone."),
             "on_existing": wires.choice(list(ON_EXISTING), "Where the run's folder exists. new: the next free name, or, finished and "
                                         "unchanged, reopened. resume: goes on. restart: deletes it and starts afresh."),

@@ -36,7 +36,7 @@ def test_the_newest_comes_back_bit_for_bit_and_two_are_kept(tmp_path, host):
     assert checkpoints.newest(tmp_path / "none") is None
     for k in (2, 10, 110):
         checkpoints.save(tmp_path, k, state(k), micro_batch=16)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["000010.safetensors", "000110.safetensors"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["0000010.safetensors", "0000110.safetensors"]
     iterations, tensors, micro_batch = checkpoints.newest(tmp_path)
     assert (iterations, micro_batch) == (110, 16) and tensors.keys() == state(0).keys()
     assert all(torch.equal(value, tensors[name]) and value.dtype == tensors[name].dtype for name, value in state(110).items())
@@ -69,7 +69,7 @@ def test_a_write_that_fails_leaves_the_former_ones(tmp_path, host, monkeypatch):
             checkpoints.save(tmp_path, 20, state(20), micro_batch=16)
     assert checkpoints.newest(tmp_path)[0] == 10 and host.said == []  # the half one is not even looked at
     checkpoints.save(tmp_path, 20, state(20), micro_batch=16)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["000010.safetensors", "000020.safetensors"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["0000010.safetensors", "0000020.safetensors"]
 
 
 # -- files ------------------------------------------------------------------------------------------------------------------------
@@ -97,14 +97,14 @@ def test_names(name):
                                   "x" * 101, "a:b", "a*", "~", "nul", "CON.txt", "com1"])
 def test_names_that_leave_the_folder_or_that_some_system_refuses(name, host):
     with pytest.raises(RunError) as error:
-        choose(name, "f", 5, "new")
+        choose(name, "f", 5, 16, "new")
     assert str(error.value).startswith('input "run_name": found ') and "\n" not in str(error.value)
 
 
 # -- which run ----------------------------------------------------------------------------------------------------------------------
 def made(host, name="run", fingerprint="same", **record):
     folder = RunFolder(host.output_folder / name)
-    folder.create(fingerprint)
+    folder.create(fingerprint, 16)
     folder.write_record(**record)
     (folder.path / "left.txt").write_text("of the former run")
     return folder
@@ -112,7 +112,7 @@ def made(host, name="run", fingerprint="same", **record):
 
 @pytest.mark.parametrize("on_existing", ["new", "resume", "restart"])
 def test_where_there_is_nothing_a_run_starts(host, on_existing):
-    folder, action = choose("run", "same", 5, on_existing)
+    folder, action = choose("run", "same", 5, 16, on_existing)
     assert action == "start" and folder.path == host.output_folder / "run" and not folder.path.exists()
 
 
@@ -131,15 +131,36 @@ def test_where_there_is_nothing_a_run_starts(host, on_existing):
 ])
 def test_what_is_done_where_there_is_a_run(host, on_existing, record, fingerprint, name, action):
     former = made(host, **record)
-    folder, chosen = choose("run", fingerprint, 5, on_existing)
+    folder, chosen = choose("run", fingerprint, 5, 16, on_existing)
     assert (folder.name, chosen) == (name, action)
-    assert (former.path / "left.txt").exists() is (on_existing != "restart")
+    assert (former.path / "left.txt").exists()  # choosing deletes nothing
+    if on_existing == "restart":
+        folder.create(fingerprint, 16)
+        assert [p.name for p in former.path.iterdir()] == ["run.json"] and [p.name for p in host.output_folder.iterdir()] == ["run"]
+
+
+def test_another_micro_batch_is_no_other_run_but_is_not_reopened_either(host):
+    made(host, state="finished", iterations=5)
+    assert choose("run", "same", 5, 8, "new")[0].name == "run-2"
+    assert choose("run", "same", 5, 8, "resume")[1] == "reopen"
+
+
+def test_resuming_with_fewer_iterations_than_are_done_is_refused(host):
+    made(host, state="finished", iterations=60)
+    with pytest.raises(RunError, match="found 30, and run 'run' in .* has already done 60"):
+        choose("run", "same", 30, 16, "resume")
+
+
+def test_a_damaged_record_is_named(host):
+    (made(host).path / "run.json").write_text("{")
+    with pytest.raises(RunError, match="run.json is damaged"):
+        choose("run", "same", 5, 16, "resume")
 
 
 def test_the_next_free_name(host):
     for name in ("run", "run-2", "run-3"):
         made(host, name)
-    assert choose("run", "other", 5, "new")[0].name == "run-4"
+    assert choose("run", "other", 5, 16, "new")[0].name == "run-4"
 
 
 def test_resuming_a_run_of_another_workflow_says_what_changed(host):
@@ -149,7 +170,7 @@ def test_resuming_a_run_of_another_workflow_says_what_changed(host):
     host.prompt = {"1": {"class_type": "Loop", "inputs": {"rate": 0.2, "run_name": "b"}, "_meta": {"title": "The loop"}},
                    "3": {"class_type": "New", "inputs": {}}}
     with pytest.raises(RunError) as error:
-        choose("run", "other", 5, "resume")
+        choose("run", "other", 5, 16, "resume")
     line = str(error.value)
     assert "The loop.rate was 0.1 and is 0.2; node 2 was added or removed; node 3 was added or removed" in line
     assert "run_name was" not in line and "\n" not in line
@@ -161,15 +182,15 @@ def test_a_folder_that_is_not_a_runs_is_never_touched(host, on_existing):
     (host.output_folder / "photos").mkdir()
     (host.output_folder / "photos" / "dear.jpg").write_bytes(b"1")
     with pytest.raises(RunError, match="is not a run of this program"):
-        choose("photos", "f", 5, on_existing)
+        choose("photos", "f", 5, 16, on_existing)
     assert (host.output_folder / "photos" / "dear.jpg").exists()
-    assert choose("photos", "f", 5, "new")[0].name == "photos-2"
+    assert choose("photos", "f", 5, 16, "new")[0].name == "photos-2"
 
 
 def test_what_a_run_begins_with(host):
     host.workflow_source, host.prompt = b'{"as": "given"}', {"1": {"class_type": "X", "inputs": {}}}
     folder = RunFolder(host.output_folder / "run")
-    folder.create("print")
+    folder.create("print", 16)
     assert (folder.path / "workflow.json").read_bytes() == b'{"as": "given"}'
     assert json.loads((folder.path / "prompt.json").read_text()) == host.prompt
     assert (folder.record["state"], folder.record["iterations"], folder.record["fingerprint"]) == ("running", 0, "print")

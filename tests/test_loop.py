@@ -235,8 +235,9 @@ def test_fingerprint_sees_inputs_and_links_only():
     assert fingerprint(dict(reversed(renamed.items()))) == fingerprint(same)
     same["also"]["inputs"]["x"] = 3  # neither above Loop End nor in the body
     same["delta"]["inputs"]["x"] = 5.0
+    same["preview"]["inputs"]["x"] = ["start", 0]  # a side branch of the body
     assert fingerprint(same) == fingerprint(training())
-    changes = [("delta", "x", 6), ("start", "y", 4), ("add", "y", ["loader", 0]), ("start", "x", ["delta", 0]), ("preview", "x", ["start", 0])]
+    changes = [("delta", "x", 6), ("start", "y", 4), ("add", "y", ["loader", 0]), ("start", "x", ["delta", 0])]
     changed = []
     for node_id, name, value in changes:
         graph = training()

@@ -52,7 +52,7 @@ RECORDED = {
 CHOICES = {
     "DanceGRPOLoadPolicy.policy": {"embedded"},
     "DanceGRPOLoadPolicy.dtype": {"float32", "bfloat16", "float16"},
-    "DanceGRPOLoopStart.lora_targets": {"attention", "attention and feed-forward", "all linear layers"},
+    "DanceGRPOLoopStart.lora_targets": {"attention", "attention and feed-forward", "all linear layers", "modulation"},
     "DanceGRPOLoopStart.on_existing": {"new", "resume", "restart"},
     "DanceGRPOGroupSample.transition": {"dance_sde", "ddim"},
     "DanceGRPOGroupSample.initial_noise": {"shared", "independent"},

@@ -65,7 +65,8 @@ def sample(policy: Denoiser, request: Request, conditioning: Conditioning, plan:
     """
     device, levels = plan.grid.levels.device, plan.grid.levels
     steps, count, calls = plan.grid.steps, len(request.groups), CallCount()
-    scored = TRANSITIONS[plan.transition].scored
+    transition = TRANSITIONS[plan.transition]
+    noisy = transition.stochastic and plan.eta > 0
     states, log_probs, pictures, seconds = [], [], [], {"denoise": 0.0, "decode": 0.0}
     for rows, real in micro_batches(count, request.micro_batch):
         start = time.perf_counter()
@@ -79,9 +80,9 @@ def sample(policy: Denoiser, request: Request, conditioning: Conditioning, plan:
             gaussian = step(policy, x, torch.full((len(rows),), t, device=device), batch, plan, calls, real)
             if t == steps - 1:
                 break
-            x, density = _draw(gaussian, sources)
-            densities.append(density)
-        latents = getattr(gaussian, scored)
+            x = _draw(gaussian, sources) if noisy else at_least_float32(gaussian.mean)
+            densities.append(log_prob(x, gaussian) if noisy else x.new_zeros(len(x)))
+        latents = getattr(gaussian, transition.scored)
         decoding = time.perf_counter()
         decoded = policy.decode(latents, plan)
         states.append(torch.stack(path, 1)[:real])
@@ -100,11 +101,8 @@ def sample(policy: Denoiser, request: Request, conditioning: Conditioning, plan:
     )
 
 
-def _draw(gaussian: Gaussian, sources: list[torch.Generator]) -> tuple[Tensor, Tensor]:
-    """x_next ~ the Gaussian, each row from its own generator, and its log-probability [B]."""
+def _draw(gaussian: Gaussian, sources: list[torch.Generator]) -> Tensor:
+    """x_next ~ the Gaussian, each row from its own generator."""
     mean = at_least_float32(gaussian.mean)
-    if not bool((gaussian.std > 0).all()):
-        return mean, mean.new_zeros(len(mean))
     noise = torch.stack([torch.randn(mean.shape[1:], dtype=mean.dtype, generator=g) for g in sources])
-    x_next = mean + gaussian.std * noise.to(mean.device)
-    return x_next, log_prob(x_next, gaussian)
+    return mean + gaussian.std * noise.to(mean.device)

@@ -102,6 +102,19 @@ class Adapter:
 
 
 @contextlib.contextmanager
+def bare(policy: Policy) -> Iterator[None]:
+    """The base model alone, while the block runs, also where an adapter is attached (in the middle of a loop)."""
+    attached = getattr(policy.denoiser, "_hf_peft_config_loaded", False)
+    if attached:
+        policy.denoiser.disable_adapters()
+    try:
+        yield
+    finally:
+        if attached:
+            policy.denoiser.enable_adapters()
+
+
+@contextlib.contextmanager
 def applied(policy: Policy, snapshot: LoraSnapshot) -> Iterator[None]:
     """The policy with the snapshot's LoRA, while the block runs. Raises `ValueError` when it is of another policy."""
     adapter = Adapter(policy, snapshot.settings)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import RunError
+from ..quiet import quiet_loading
 from ..workflow.host import host
 
 if TYPE_CHECKING:
@@ -72,4 +73,5 @@ def load(name: str, dtype: str = "float32") -> Policy:
     """Loads a policy's weights, frozen, onto this process's device. Raises `RunError` where `problem` names one."""
     folder = find(name)
     module, cls = _family(folder)
-    return getattr(importlib.import_module(f".{module}", __name__), cls).load(name, folder, dtype)
+    with quiet_loading():
+        return getattr(importlib.import_module(f".{module}", __name__), cls).load(name, folder, dtype)

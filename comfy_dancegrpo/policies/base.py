@@ -11,7 +11,6 @@ from torch import Tensor
 
 from .. import processes
 from ..grpo.protocol import Conditioning, SamplingPlan, TimeGrid
-from ..quiet import quiet_loading
 
 _DTYPE_ARGUMENT = "dtype" if tuple(map(int, diffusers.__version__.split(".")[:2])) >= (0, 40) else "torch_dtype"
 
@@ -39,9 +38,8 @@ class Policy(abc.ABC):
         """From a diffusers folder; safetensors only, nothing is downloaded."""
         with processes.outside_inference_mode():
             torch_dtype = getattr(torch, dtype)
-            with quiet_loading():
-                pipeline = cls.pipeline_class.from_pretrained(
-                    folder, local_files_only=True, use_safetensors=True, **{_DTYPE_ARGUMENT: torch_dtype})
+            pipeline = cls.pipeline_class.from_pretrained(
+                folder, local_files_only=True, use_safetensors=True, **{_DTYPE_ARGUMENT: torch_dtype})
             pipeline.to(processes.device())
             pipeline.set_progress_bar_config(disable=True)
             return cls(name, pipeline, torch_dtype)

@@ -11,6 +11,7 @@ from torch import Tensor
 from ..grpo.protocol import Conditioning, SamplingPlan, TimeGrid
 from .base import Policy
 
+_MODULATION = r"(norm|norm1|norm1_context)\.linear"
 _BLOCKS = r"(transformer_blocks|single_transformer_blocks)\.\d+\."
 _ATTENTION = r"attn\.(to_q|to_k|to_v|to_out\.0|add_q_proj|add_k_proj|add_v_proj|to_add_out)"
 _FEED_FORWARD = r"(ff|ff_context)\.net\.(0\.proj|2)|proj_mlp|proj_out"
@@ -21,7 +22,8 @@ class Flux(Policy):
     lora_targets = {
         "attention": f"{_BLOCKS}({_ATTENTION})",
         "attention and feed-forward": f"{_BLOCKS}({_ATTENTION}|{_FEED_FORWARD})",
-        "all linear layers": f"{_BLOCKS}({_ATTENTION}|{_FEED_FORWARD}|(norm|norm1|norm1_context)\\.linear)",
+        "all linear layers": f"{_BLOCKS}({_ATTENTION}|{_FEED_FORWARD}|{_MODULATION})",
+        "modulation": f"{_BLOCKS}{_MODULATION}",
     }
 
     def encode(self, prompts: list[str]) -> Conditioning:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from ..errors import RunError
+from ..quiet import quiet_loading
 from ..workflow.host import host
 
 if TYPE_CHECKING:
@@ -109,5 +110,6 @@ def problem(name: str, model: str) -> str | None:
 
 def load(name: str, model: str = EMBEDDED, batch_size: int = 32) -> Reward:
     """Raises `RunError` where `problem` names one, `KeyError` on a name that is not in `REWARDS`."""
-    module = importlib.import_module(f".{REWARDS[name][0]}", __name__)
-    return Reward(name, module.load(_folder(name, model)), batch_size)
+    with quiet_loading():
+        module = importlib.import_module(f".{REWARDS[name][0]}", __name__)
+        return Reward(name, module.load(_folder(name, model)), batch_size)

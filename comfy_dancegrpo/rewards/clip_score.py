@@ -14,7 +14,6 @@ from torch import Tensor
 from transformers import CLIPModel, CLIPTokenizerFast
 
 from .. import processes
-from ..quiet import quiet_loading
 
 try:  # without torchvision, newer transformers has the Pillow processor under this name; older ones had no other
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil as CLIPImageProcessor
@@ -23,7 +22,7 @@ except ImportError:
 
 
 def load(folder: Path):
-    with processes.outside_inference_mode(), quiet_loading():
+    with processes.outside_inference_mode():
         model = CLIPModel.from_pretrained(folder, local_files_only=True, use_safetensors=True)
         model = model.float().requires_grad_(False).eval().to(processes.device())
     tokenizer = CLIPTokenizerFast.from_pretrained(folder, local_files_only=True)

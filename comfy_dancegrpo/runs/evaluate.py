@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..grpo.protocol import Conditioning, SamplingPlan
 from ..grpo.rollout import Request, sample
-from ..lora.adapter import LoraSnapshot, applied
+from ..lora.adapter import LoraSnapshot, applied, bare
 from ..policies.base import Policy
 from ..rewards import Reward, distinct
 from ..workflow.host import host
@@ -80,7 +80,8 @@ def evaluate(policy: Policy, snapshot: LoraSnapshot, prompts: tuple[str, ...], r
 
     with torch.inference_mode(False):
         conditioning = encode(policy, prompts, {})
-        before = pictures(conditioning, 0)
+        with bare(policy):
+            before = pictures(conditioning, 0)
         with applied(policy, snapshot):
             after = pictures(conditioning, len(prompts))
         comparisons: list[Comparison] = []
