@@ -193,7 +193,7 @@ class Session:
 
     def __exit__(self, kind, error, trace) -> None:
         self.adapter.remove()
-        if kind is None or self._saved == self._done:
+        if kind is None:
             return
         if self._done == 0:
             self.folder.write_record(state="stopped")
