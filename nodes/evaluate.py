@@ -31,13 +31,14 @@ class Evaluate:
             "width": wires.integer(720, 16, 8192, "Pixels.", 8),
             "height": wires.integer(720, 16, 8192, "Pixels.", 8),
             "noise_seed": ("INT", {"default": 1000, "min": 0, "max": 2**63 - 1, "control_after_generate": False, "tooltip": "Of the fixed noise."}),
+            "samples_per_prompt": wires.integer(1, 1, 64, "Noises for each prompt; its score is their mean."),
             "batch_size": wires.integer(4, 1, 4096, "Samples in every denoiser call."),
             "grid_columns": wires.integer(8, 1, 64, "Pairs in a row of the grid."),
             "grid_rows": wires.integer(2, 1, 64, "Rows of pairs in the grid."),
         }, "optional": {"reward_2": wires.socket(wires.REWARD, reward), "reward_3": wires.socket(wires.REWARD, reward)}}
 
-    def evaluate(self, policy, lora, prompts, reward, steps, shift, guidance_scale, width, height, noise_seed, batch_size,
-                 grid_columns, grid_rows, reward_2=None, reward_3=None):
+    def evaluate(self, policy, lora, prompts, reward, steps, shift, guidance_scale, width, height, noise_seed, samples_per_prompt,
+                 batch_size, grid_columns, grid_rows, reward_2=None, reward_3=None):
         from comfy_dancegrpo.grpo.protocol import SamplingPlan
         from comfy_dancegrpo.runs import evaluate, pictures
         from comfy_dancegrpo.runs.folder import RunFolder
@@ -50,7 +51,7 @@ class Evaluate:
         except ValueError as error:
             raise RunError(f'inputs "width" and "height": {error}') from None
         plan = SamplingPlan(policy.time_grid(steps, shift, height, width), evaluate.NOISELESS[policy.process], 0.0, guidance_scale, height, width)
-        found = evaluate.evaluate(policy, lora, prompts.prompts, rewards, plan, noise_seed, batch_size)
+        found = evaluate.evaluate(policy, lora, prompts.prompts, rewards, plan, noise_seed, batch_size, samples_per_prompt)
         folder = RunFolder(lora.folder)
         host().say(f"Evaluate: without the LoRA, and with {'its moving average' if lora.averaged else 'it'} after {lora.iterations} iterations")
         for comparison in found.comparisons:

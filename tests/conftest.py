@@ -83,7 +83,7 @@ def saved(tmp_path):
 
 # 6 samples in micro-batches of 4, the last padded; 3 trainable steps of which 2 are trained; 2 optimizer steps
 _TINY = {"Loop Start.prompts_per_iteration": 2, "Loop Start.micro_batch": 4, "Loop Start.lora_rank": 2, "Group Sample.group_size": 3,
-         "Group Sample.steps": 4, "Update.optimizer_steps": 2}
+         "Group Sample.steps": 4, "Update.train_fraction": 0.6, "Update.optimizer_steps": 2}
 _TINY_EVALUATION = {"Held-out Prompts.limit": 4, "Evaluate.steps": 2, "Evaluate.batch_size": 4}
 
 

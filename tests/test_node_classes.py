@@ -34,7 +34,7 @@ RECORDED = {
     "DanceGRPOLoopEnd": ("update", "", "DANCEGRPO_LORA DANCEGRPO_RUN"),
     "DanceGRPOLoopRunner": ("body", "", "DANCEGRPO_LORA DANCEGRPO_RUN"),
     "DanceGRPOEvaluate": (
-        "policy lora prompts reward steps shift guidance_scale width height noise_seed batch_size grid_columns grid_rows",
+        "policy lora prompts reward steps shift guidance_scale width height noise_seed samples_per_prompt batch_size grid_columns grid_rows",
         "reward_2 reward_3", "IMAGE FLOAT STRING"),
     "DanceGRPOPlotMetrics": ("run width height", "", "IMAGE"),
     "DanceGRPOSaveLora": ("lora filename", "", ""),

@@ -24,7 +24,7 @@ NOISELESS = {"flow": "ode", "diffusion": "ddim"}  # the transition that samples 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Scores of one reward before and after, [N] each, paired by prompt and noise."""
+    """Scores of one reward before and after, [N] each: a prompt's mean over its noises, paired by prompt and noise."""
 
     reward: str
     before: Tensor = field(repr=False)
@@ -52,7 +52,8 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """comparisons: one a reward. pictures: before and after, [N, H, W, 3] float32 in 0..1, in the order of `prompts`."""
+    """comparisons: one a reward. before and after: of each prompt the first pictures, [N, H, W, 3] float32 in 0..1, in the
+    order of `prompts`."""
 
     prompts: tuple[str, ...] = field(repr=False)
     comparisons: tuple[Comparison, ...]
@@ -68,25 +69,33 @@ def t_quantile(p: float, degrees: int) -> float:
 
 
 def evaluate(policy: Policy, snapshot: LoraSnapshot, prompts: tuple[str, ...], rewards: Sequence[Reward], plan: SamplingPlan,
-             seed: int, micro_batch: int) -> Evaluation:
-    """Samples each prompt once without and once with the LoRA, from the same noise (fixed by the seed), and scores both."""
-    request = Request(prompts, 1, policy.latent_shape(plan.height, plan.width), seed, iteration=-1, micro_batch=micro_batch)
+             seed: int, micro_batch: int, samples_per_prompt: int = 1) -> Evaluation:
+    """Samples each prompt without and with the LoRA, from the same noises (fixed by the seed), and scores both.
 
-    def pictures(conditioning: Conditioning, done: int) -> Tensor:
+    The unit of the statistics is the prompt: more samples of each steady its mean, they are not counted as more evidence.
+    """
+    shape = policy.latent_shape(plan.height, plan.width)
+    request = Request(prompts, samples_per_prompt, shape, seed, iteration=-1, shared_noise=False, micro_batch=micro_batch)
+    repeated = tuple(prompts[g] for g in request.groups.tolist())
+
+    def pictures(conditioning: Conditioning, half: int) -> Tensor:
         def tick(now: int, total: int) -> None:
             host().check_interrupt()
-            host().progress(done + now, 2 * total)
+            host().progress(half * total + now, 2 * total)
         return sample(policy, request, conditioning, plan, ("evaluation", 0), tick=tick).pictures
+
+    def by_prompt(reward: Reward, pictures: Tensor) -> Tensor:
+        return reward(pictures, repeated).view(len(prompts), samples_per_prompt).mean(1)
 
     with torch.inference_mode(False):
         conditioning = encode(policy, prompts, {})
         with bare(policy):
             before = pictures(conditioning, 0)
         with applied(policy, snapshot):
-            after = pictures(conditioning, len(prompts))
+            after = pictures(conditioning, 1)
         comparisons: list[Comparison] = []
         for reward in rewards:
             name = distinct(reward.name, [c.reward for c in comparisons])
-            comparisons.append(Comparison(name, reward(before, prompts), reward(after, prompts)))
-    return Evaluation(prompts, tuple(comparisons), before, after)
+            comparisons.append(Comparison(name, by_prompt(reward, before), by_prompt(reward, after)))
+    return Evaluation(prompts, tuple(comparisons), before[::samples_per_prompt], after[::samples_per_prompt])
 
