@@ -41,6 +41,17 @@ def _dancegrpo(*words) -> Done:
     return Done(left.value.code or 0, out.getvalue().splitlines(), err.getvalue().splitlines())
 
 
+@pytest.fixture
+def one_thread():
+    """One thread, where kernels round a row alike at every place in a batch of any size."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def cli():
     """`cli("run", path, ...)`: the program's own main, with these words."""

@@ -45,14 +45,6 @@ def policy():
     return policies.load("embedded")
 
 
-@pytest.fixture
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def request_of(policy, height=64, width=64, group_size=2, micro_batch=4):
     return Request(PROMPTS, group_size, policy.latent_shape(height, width), seed=1, iteration=0, shared_noise=False, micro_batch=micro_batch)
 

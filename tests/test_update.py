@@ -182,14 +182,6 @@ def test_padding_changes_nothing_but_the_count(micro_batch, padded):
 
 
 # -- the ratio of a fresh policy ------------------------------------------------------------------------------------------------
-@pytest.fixture
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.mark.parametrize("micro_batch", [16, 8, 7, 5, 1])
 def test_replay_gives_the_ratio_one_exactly(micro_batch, one_thread):
     """One thread: where two share a matrix of few rows, its rows may round differently by their place in the batch."""
