@@ -108,8 +108,8 @@ class LoopRunner:
         fingerprint = hashlib.sha256(repr(told).encode()).hexdigest()
         try:
             # ComfyUI runs nodes under inference mode; in the body only those that are not ours return to it (host.around)
-            with processes.outside_inference_mode(), Session(policy, prompts, settings, fingerprint) as session:
-                while not session.finished:
+            with processes.outside_inference_mode(), Session(policy, prompts, settings, fingerprint, body.end_id) as session:
+                while not session.ended:
                     session.end(runner.step(session.begin())["update"])
                 return session.snapshot(), session.record()
         except ValueError as error:

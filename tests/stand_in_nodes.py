@@ -98,7 +98,7 @@ class Runner:
         folder = host().output_folder / start["run_name"]
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "workflow.json").write_bytes(host().workflow_source)
-        host().run_started(folder)
+        host().run_started(folder, "1")
         value = start["seed"]
         for iteration in range(start["iterations"]):
             value = runner.step((value,))["x"]

@@ -87,8 +87,9 @@ def test_the_files_hold_the_splits(name):
 
 def test_redraw_follows_the_caption_only_partly():
     wanted, rng = shapes.Attributes("large", "red", "ring", "in the center", "pink"), random.Random(0)
-    drawn = [shapes.redraw(wanted, 0.25, rng) for _ in range(4000)]
-    for name, values in zip(("size", "colour", "shape", "place", "background"), shapes.VALUES):
+    often = {"size": 0.25, "colour": 0.5, "shape": 0.1, "place": 0.2, "background": 1.0}
+    drawn = [shapes.Redraw(**often)(wanted, rng) for _ in range(4000)]
+    for (name, probability), values in zip(often.items(), shapes.VALUES):
         kept = np.mean([getattr(d, name) == getattr(wanted, name) for d in drawn])
-        assert kept == pytest.approx(1 - 0.25 * (1 - 1 / len(values)), abs=0.03)  # a redrawn value may be the same again
-    assert shapes.redraw(wanted, 0.0, rng) == wanted
+        assert kept == pytest.approx(1 - probability * (1 - 1 / len(values)), abs=0.03)  # a redrawn value may be the same again
+    assert shapes.Redraw(0, 0, 0, 0, 0)(wanted, rng) == wanted

@@ -72,12 +72,21 @@ def splits(seed: int = 2505) -> dict[str, list[str]]:
     return {"test": captions[:160], "validation": captions[160:320], "train": captions[320:]}
 
 
-def redraw(attributes: Attributes, probability: float, rng: random.Random) -> Attributes:
-    """Each attribute is, with `probability`, replaced by a value drawn uniformly: a caption that is followed only partly."""
-    return Attributes(*(
-        rng.choice(values) if rng.random() < probability else value
-        for value, values in zip(astuple(attributes), VALUES)
-    ))
+@dataclass(frozen=True)
+class Redraw:
+    """Replaces each attribute, with its own probability, by a value drawn uniformly: a caption that is followed only partly."""
+
+    size: float
+    colour: float
+    shape: float
+    place: float
+    background: float
+
+    def __call__(self, attributes: Attributes, rng: random.Random) -> Attributes:
+        return Attributes(*(
+            rng.choice(values) if rng.random() < probability else value
+            for value, values, probability in zip(astuple(attributes), VALUES, astuple(self))
+        ))
 
 
 def draw(attributes: Attributes, rng: random.Random | None = None, scale: int = 4) -> Image.Image:

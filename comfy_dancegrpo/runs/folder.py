@@ -2,7 +2,7 @@
 
     workflow.json   the workflow as given            metrics.jsonl  a line per iteration
     prompt.json     the workflow as executed         summary.json   evaluations
-    run.json        fingerprint and state            images/  checkpoints/  lora/
+    run.json        fingerprint and state            images/  checkpoints/  lora/  live/
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class RunFolder:
 
     def __init__(self, path: Path):
         self.path = path
-        self.images, self.checkpoints, self.lora = path / "images", path / "checkpoints", path / "lora"
+        self.images, self.checkpoints, self.lora, self.live = (path / name for name in ("images", "checkpoints", "lora", "live"))
         self.metrics = path / "metrics.jsonl"
 
     @property

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ..grpo.update import UpdateStats
 from .folder import write_atomically
+
+if TYPE_CHECKING:  # the rest of this file reads and writes lines, and a page's server imports no torch for it
+    from ..grpo.update import UpdateStats
 
 
 def row(iteration: int, stats: UpdateStats, learning_rate: float, total_seconds: float) -> dict[str, Any]:

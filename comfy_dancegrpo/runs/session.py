@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from ..lora.adapter import Adapter, LoraSettings, LoraSnapshot
 from ..policies.base import Policy
 from ..prompts import PromptList
 from ..workflow.host import host
-from . import checkpoints, metrics
+from . import checkpoints, live, metrics
 from .folder import RunFolder, choose
 
 
@@ -81,13 +82,14 @@ def prompts_of(iteration: int, prompts: tuple[str, ...], count: int, seed: int) 
 class Session:
     """One run, outside inference mode. Use as a context: on leaving, the adapter comes off, and what was trained is kept on disk."""
 
-    def __init__(self, policy: Policy, prompts: PromptList, settings: LoopSettings, fingerprint: str):
+    def __init__(self, policy: Policy, prompts: PromptList, settings: LoopSettings, fingerprint: str, node_id: str = ""):
         if not prompts.prompts:
             raise RunError("there are no prompts to train on")
-        self.policy, self.prompts, self.settings = policy, prompts, settings
+        self.policy, self.prompts, self.settings, self._node_id = policy, prompts, settings, node_id
         self.folder, self.action = choose(
             settings.run_name, fingerprint, settings.iterations, settings.micro_batch, settings.on_existing)
         self._fingerprint, self._done, self._saved, self._start = fingerprint, 0, -1, 0.0
+        self._seconds: deque[float] = deque(maxlen=20)  # of the last iterations
         self.first_reward: float | None = None
 
     def __enter__(self) -> Session:
@@ -104,7 +106,9 @@ class Session:
         except BaseException:
             self.adapter.remove()
             raise
-        host().run_started(self.folder.path)
+        live.forget_stop(self.folder)
+        host().run_started(self.folder.path, self._node_id)
+        host().run_moved(self.folder.path, self._done, settings.iterations)
         return self
 
     def _load(self) -> None:
@@ -135,6 +139,11 @@ class Session:
     def finished(self) -> bool:
         return self._done >= self.settings.iterations
 
+    @property
+    def ended(self) -> bool:
+        """Finished, or asked by the user to end early: what comes after the loop goes on with what was trained."""
+        return self.finished or (self._done > 0 and live.stop_requested(self.folder))
+
     def begin(self) -> tuple[LivePolicy, PromptList, int]:
         """Loop Start's outputs for the next iteration."""
         host().check_interrupt()
@@ -161,7 +170,11 @@ class Session:
         if stats.ratio_deviation > self.ratio_limit(stats):
             host().say(f"WARNING: iteration {self._done}: ratio deviation {stats.ratio_deviation:.1e}, accepted: "
                        f"{self.ratio_limit(stats):g}; the replay differs from the rollout, so the gradient is of something else")
+        self._seconds.append(row["seconds"]["total"])
+        left = sum(self._seconds) / len(self._seconds) * (self.settings.iterations - self._done)
+        live.write(self.folder, self._done, self.settings.iterations, left, stats)
         host().progress(self._done, self.settings.iterations, self._line(row))
+        host().run_moved(self.folder.path, self._done, self.settings.iterations)
 
     def _line(self, row: dict) -> str:
         line = (f"reward {row['reward_mean']:.4f} ({row['reward_mean'] - self.first_reward:+.4f}), "
@@ -193,14 +206,22 @@ class Session:
 
     def __exit__(self, kind, error, trace) -> None:
         self.adapter.remove()
-        if kind is None:
-            return
+        try:
+            if kind is not None or not self.finished:
+                self._keep(broken_off=kind is not None)
+        finally:
+            live.forget_stop(self.folder)
+            host().run_ended(self.folder.path, "finished" if self.finished else "stopped")
+
+    def _keep(self, broken_off: bool) -> None:
+        """What an unfinished run leaves: a checkpoint, and where nothing of the graph will save it, the LoRA too."""
         if self._done == 0:
             self.folder.write_record(state="stopped")
             return
         self._save("finished" if self.finished else "stopped")  # a full disk raises here too: the former checkpoint is still whole
-        path = self.folder.lora / f"{self.folder.name}.safetensors"
-        files.save(self.snapshot(), path)
-        host().say(f"stopped after iteration {self._done}: checkpoint in {self.folder.checkpoints}, LoRA so far in {path}; "
-                   'Loop Start\'s "on_existing" resume goes on from there')
-
+        kept = f"checkpoint in {self.folder.checkpoints}"
+        if broken_off:
+            path = self.folder.lora / f"{self.folder.name}.safetensors"
+            files.save(self.snapshot(), path)
+            kept += f", LoRA so far in {path}"
+        host().say(f'stopped after iteration {self._done}: {kept}; Loop Start\'s "on_existing" resume goes on from there')

@@ -79,9 +79,15 @@ class Host:
     def workflow_started(self, prompt: dict[str, dict], extra_pnginfo: dict[str, Any] | None) -> None:
         """A loop begins, in this prompt; a host that did not know it takes it for the run's files."""
 
-    def run_started(self, folder: Path) -> None:
-        """A run writes to `folder` from now on; what stops the program later can say how to resume it."""
+    def run_started(self, folder: Path, node_id: str) -> None:
+        """A run writes to `folder` from now on; what stops the program later can say how to resume it. `node_id`: of its Loop End."""
         self.run_folder = Path(folder)
+
+    def run_moved(self, folder: Path, iteration: int, iterations: int) -> None:
+        """A run has begun (with what it had done before, 0 for a new one) or ended another iteration; its folder tells the rest."""
+
+    def run_ended(self, folder: Path, state: str) -> None:
+        """A run is "finished" or "stopped"; its folder is as it will stay."""
 
     def around(self, node_class: type) -> contextlib.AbstractContextManager:
         """What a node of this class is called under: classes that ComfyUI lends expect `torch.inference_mode()`."""

@@ -1,0 +1,108 @@
+"""What a page shows of a run, in mid-run and long after: all of it is read from the run's folder, by any process.
+
+`live/state.json` holds how far the run is and the first group of its last iteration; that group's pictures lie beside it.
+A file `live/stop` asks the session to end after the iteration that it is in. Reading imports no torch.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..atomic import replacing
+from ..errors import RunError
+from . import metrics
+from .folder import RunFolder, write_atomically
+
+if TYPE_CHECKING:
+    from ..grpo.update import UpdateStats
+
+SIZE = 256  # pixels of a picture's longer side, at most
+SAMPLES = 32  # of a group, at most
+POINTS = 1000  # of a curve, at most
+COLUMNS = ("iteration", "reward_mean", "reward_std", "group_std", "clip_fraction", "approx_kl", "grad_norm", "ratio_deviation")
+
+
+def write(folder: RunFolder, iteration: int, iterations: int, seconds_left: float, stats: UpdateStats) -> None:
+    """Replaces the live state by that of an iteration (from 1) that has just ended."""
+    from .pictures import to_image
+
+    scores = stats.advantages.scores
+    rollout, total = scores.rollout, sum(weight * values for _, weight, values in scores.columns)
+    first = [i for i, group in enumerate(rollout.groups.tolist()) if group == 0]
+    ranked = sorted(first, key=lambda i: -stats.advantages.values[i].item())[:SAMPLES]
+    folder.live.mkdir(parents=True, exist_ok=True)
+    samples, former = [], list(folder.live.glob("*.jpg"))
+    for place, i in enumerate(ranked):
+        name, image = f"{iteration}-{place}.jpg", to_image(rollout.pictures[i])
+        image.thumbnail((SIZE, SIZE))
+        with replacing(folder.live / name) as beside:
+            image.save(beside, "JPEG", quality=90)
+        samples.append({"file": name, "score": total[i].item(), "advantage": stats.advantages.values[i].item()})
+    state = {"iteration": iteration, "iterations": iterations, "seconds_left": seconds_left, "prompt": rollout.prompts[first[0]],
+             "reward": " + ".join(name for name, _, _ in scores.columns), "samples": samples}
+    write_atomically(folder.live / "state.json", json.dumps(state) + "\n")
+    for path in former:  # last, so that what state.json names is always there
+        if path.name not in {s["file"] for s in samples}:
+            path.unlink(missing_ok=True)
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A run by its folder: how far it is, its curves (at most `POINTS` of each), its last group and its evaluations; {} for no run."""
+    folder = RunFolder(path)
+    try:
+        record = folder.record
+    except RunError:
+        return {}
+    if not record:
+        return {}
+    state, rows = _json(folder.live / "state.json"), metrics.read(folder.metrics)
+    stride = -(-len(rows) // POINTS)
+    shown = [row for i, row in enumerate(rows) if i % stride == 0 or i == len(rows) - 1]
+    group = {key: state[key] for key in ("prompt", "reward", "samples")} if state else None
+    running = record.get("state") == "running"
+    return {
+        "name": folder.name, "state": "stopping" if running and stop_requested(folder) else record.get("state"),
+        "iteration": rows[-1]["iteration"] if rows else 0, "iterations": state.get("iterations", record.get("iterations", 0)),
+        "seconds_left": state.get("seconds_left") if running else None,
+        "columns": {name: [row.get(name) for row in shown] for name in COLUMNS},
+        "group": group, "evaluations": _json(path / "summary.json").get("evaluations", {}),
+    }
+
+
+def list_runs(output: Path) -> list[dict[str, Any]]:
+    """The runs in an output folder, the one that moved last first: name, state, and how many iterations it has done."""
+    found = []
+    for path in output.iterdir() if output.is_dir() else ():
+        record = _json(path / "run.json")
+        if record:
+            found.append((_moved(path), {"name": path.name, "state": record.get("state"), "iteration": record.get("iterations", 0)}))
+    return [run for _, run in sorted(found, key=lambda pair: (-pair[0], pair[1]["name"]))]
+
+
+def request_stop(path: Path) -> None:
+    """Asks the session that trains in this folder to end after the iteration that it is in."""
+    folder = RunFolder(path)
+    folder.live.mkdir(parents=True, exist_ok=True)
+    (folder.live / "stop").touch()
+
+
+def stop_requested(folder: RunFolder) -> bool:
+    return (folder.live / "stop").exists()
+
+
+def forget_stop(folder: RunFolder) -> None:
+    (folder.live / "stop").unlink(missing_ok=True)
+
+
+def _moved(path: Path) -> float:
+    return max(file.stat().st_mtime for file in (path / "run.json", path / "metrics.jsonl") if file.exists())
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
