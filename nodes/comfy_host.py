@@ -1,21 +1,32 @@
-"""The host inside ComfyUI: its folders, progress, previews and stop button. The one file of the nodes that imports ComfyUI."""
+"""The host inside ComfyUI: its folders, progress, previews, stop button and memory. The one file of the nodes that imports ComfyUI."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import logging
+import os
+import shutil
+import weakref
 from pathlib import Path
 from typing import Any
 
+import comfy.lora
+import comfy.lora_convert
 import comfy.model_management
-import comfy.utils
+import comfy.model_patcher
 import folder_paths
 import nodes as comfy_nodes
 import torch
+from comfy_dancegrpo import processes
+from comfy_dancegrpo.errors import RunError
+from comfy_dancegrpo.runs.folder import RunFolder
 from comfy_dancegrpo.workflow import host
+from comfy_execution.progress import get_progress_state
 from comfy_execution.utils import get_executing_context
 from server import PromptServer
+
+from . import routes
 
 
 class ComfyHost(host.Host):
@@ -24,11 +35,16 @@ class ComfyHost(host.Host):
     def __init__(self) -> None:
         super().__init__(comfy_nodes.NODE_CLASS_MAPPINGS, models=folder_paths.models_dir)
         self.registry = comfy_nodes.NODE_CLASS_MAPPINGS  # not a copy: packs that load later are in it too
+        self.active_run: dict[str, Any] | None = None
+        self._runs: dict[str, Path] = {}  # the last run of each Loop End
+        self._running_node: str | None = None
         self._previews: dict[str, list[list[Path]]] = {}
+        self._patchers: weakref.WeakKeyDictionary[Any, PolicyPatcher] = weakref.WeakKeyDictionary()
         for kind in ("diffusers", "reward_models"):
             if kind not in folder_paths.folder_names_and_paths:
                 folder_paths.add_model_folder_path(kind, str(Path(folder_paths.models_dir) / kind))
 
+    # -- folders ----------------------------------------------------------------------------------------------------
     @property
     def output_folder(self) -> Path:
         return Path(folder_paths.get_output_directory())
@@ -45,30 +61,60 @@ class ComfyHost(host.Host):
     def input_folder(self, value: Any) -> None:
         """ComfyUI's own setting counts."""
 
-    def device(self) -> Any:
-        return comfy.model_management.get_torch_device()
-
     def model_folders(self, kind: str) -> list[Path]:
         try:
             return [Path(p) for p in folder_paths.get_folder_paths(kind)]
         except KeyError:
             return super().model_folders(kind)
 
+    def lora_saved(self, path: Path) -> None:
+        """Puts it where ComfyUI's LoRA loaders look too, under the same name."""
+        listed = self.output_folder / "loras" / path.name
+        listed.parent.mkdir(parents=True, exist_ok=True)
+        listed.unlink(missing_ok=True)
+        try:
+            os.link(path, listed)
+        except OSError:  # another file system, or one without links
+            shutil.copyfile(path, listed)
+
+    # -- models -----------------------------------------------------------------------------------------------------
+    def device(self) -> Any:
+        return comfy.model_management.get_torch_device()
+
+    def load(self, policy: Any) -> None:
+        if policy not in self._patchers:
+            self._patchers[policy] = PolicyPatcher.of(policy)
+        comfy.model_management.load_models_gpu([self._patchers[policy]], force_full_load=True)
+
+    def around(self, node_class: type) -> contextlib.AbstractContextManager:
+        ours = node_class.__module__.startswith("comfy_dancegrpo.")
+        return contextlib.nullcontext() if ours else torch.inference_mode()
+
+    # -- told by the engine -----------------------------------------------------------------------------------------
     def workflow_started(self, prompt: dict[str, dict], extra_pnginfo: dict[str, Any] | None) -> None:
-        workflow = (extra_pnginfo or {}).get("workflow", prompt)
-        self.prompt, self.workflow_source = prompt, json.dumps(workflow).encode()
+        # ComfyUI notes in its prompt what IS_CHANGED returned; that is not the workflow's
+        self.prompt = {node_id: {k: v for k, v in node.items() if k != "is_changed"} for node_id, node in prompt.items()}
+        self.workflow_source = json.dumps((extra_pnginfo or {}).get("workflow", self.prompt)).encode()
 
     def node_started(self, node_id: str, class_type: str, title: str) -> None:
+        self._leave_node()
+        self._running_node = node_id
         self._send("executing", {"node": node_id, "display_node": node_id})
+        get_progress_state().start_progress(node_id)
 
     def node_output(self, node_id: str, ui: dict[str, Any]) -> None:
         self._send("executed", {"node": node_id, "display_node": node_id, "output": ui})
         self._forget_previews(node_id, ui)
 
     def progress(self, value: float, total: float, text: str = "") -> None:
-        comfy.utils.ProgressBar(total).update_absolute(value)  # raises when the stop button was pressed
+        """Of iterations (with text) on the node that ComfyUI executes, Loop End; of micro-batches on the body's node that runs."""
         if text:
             logging.info("DanceGRPO %g/%g %s", value, total, text)
+        context = get_executing_context()
+        executing = context.node_id if context is not None else None
+        node_id = executing if text else self._running_node or executing
+        if node_id is not None:
+            get_progress_state().update_progress(node_id, value, total, None)
 
     def say(self, line: str) -> None:
         logging.info("DanceGRPO: %s", line)
@@ -76,9 +122,39 @@ class ComfyHost(host.Host):
     def check_interrupt(self) -> None:
         comfy.model_management.throw_exception_if_processing_interrupted()
 
-    def around(self, node_class: type) -> contextlib.AbstractContextManager:
-        ours = node_class.__module__.startswith("comfy_dancegrpo.")
-        return contextlib.nullcontext() if ours else torch.inference_mode()
+    def run_started(self, folder: Path, node_id: str) -> None:
+        super().run_started(folder, node_id)
+        self._runs[node_id] = folder
+        context = get_executing_context()
+        self.active_run = {"run": folder.name, "node": node_id, "prompt_id": context.prompt_id if context else None}
+
+    def run_moved(self, folder: Path, iteration: int, iterations: int) -> None:
+        self._leave_node()
+        self.active_run = {**(self.active_run or {}), "iteration": iteration, "iterations": iterations}
+        self._tell("running")
+
+    def run_ended(self, folder: Path, state: str) -> None:
+        self._leave_node()
+        self._tell(state)
+        self.active_run = None
+
+    def finished_run(self, node_id: str) -> str | None:
+        folder = self._runs.get(node_id)
+        again = any(node["inputs"].get("on_existing") == "restart" for node in self.prompt.values())
+        if folder is None or again or RunFolder(folder).record.get("state") != "finished":
+            return None
+        self.say(f"run {folder.name!r} in {folder} is finished; unless its nodes have changed, nothing is trained")
+        return str(folder)
+
+    # -- the page ---------------------------------------------------------------------------------------------------
+    def _leave_node(self) -> None:
+        if self._running_node is not None:
+            get_progress_state().finish_progress(self._running_node)
+            self._running_node = None
+
+    def _tell(self, state: str) -> None:
+        """To every page, not only to the one that queued: it may have been reloaded since."""
+        PromptServer.instance.send_sync("dancegrpo.run", {**(self.active_run or {}), "state": state})
 
     def _forget_previews(self, node_id: str, ui: dict[str, Any]) -> None:
         """Deletes what a preview in the body wrote two iterations ago: ComfyUI empties its temp folder only at its start."""
@@ -96,6 +172,64 @@ class ComfyHost(host.Host):
             server.send_sync(event, {**data, "prompt_id": context.prompt_id}, server.client_id)
 
 
+class PolicyPatcher(comfy.model_patcher.ModelPatcher):
+    """A policy in ComfyUI's list of loaded models, so that training and other models share one GPU.
+
+    It is moved whole or not at all, and never cast or patched: an optimizer holds the very parameters of its adapter.
+    """
+
+    @classmethod
+    def of(cls, policy: Any) -> PolicyPatcher:
+        modules = torch.nn.ModuleList(m for m in policy.pipeline.components.values() if isinstance(m, torch.nn.Module))
+        modules.device = policy.device
+        patcher = cls(modules, comfy.model_management.get_torch_device(), comfy.model_management.unet_offload_device())
+        patcher.move = weakref.WeakMethod(policy.to)
+        return patcher
+
+    def loaded_size(self) -> int:
+        return self.model_size() if self.model.device == self.load_device else 0
+
+    def partially_load(self, device_to, extra_memory=0, force_patch_weights=False, **options) -> int:
+        before = self.loaded_size()
+        self._move(device_to)
+        return self.loaded_size() - before
+
+    def partially_unload(self, device_to, memory_to_free=0, **options) -> int:
+        return 0  # ComfyUI then unloads it whole
+
+    def patch_model(self, device_to=None, *arguments, **options):
+        self._move(device_to)
+        return self.model
+
+    def unpatch_model(self, device_to=None, unpatch_weights=True) -> None:
+        if unpatch_weights:
+            self._move(device_to)
+
+    def _move(self, device: Any) -> None:
+        move = self.move()
+        if device is not None and move is not None:
+            move(device)
+            self.model.device = device
+
+
+def apply_lora(model: Any, clip: Any, tensors: dict[str, torch.Tensor], strength: float) -> tuple[Any, Any]:
+    """Copies of ComfyUI's MODEL and CLIP (or None) with a LoRA in diffusers' key names. Raises `RunError` where a key finds no weight."""
+    keys = comfy.lora.model_lora_keys_unet(model.model, {})
+    if clip is not None:
+        keys = comfy.lora.model_lora_keys_clip(clip.cond_stage_model, keys)
+    patches = comfy.lora.load_lora(comfy.lora_convert.convert_lora(dict(tensors)), keys, log_missing=False)
+    used = {name for patch in patches.values() for name in getattr(patch, "loaded_keys", ())}
+    if left := sorted(tensors.keys() - used):
+        raise RunError(f"the LoRA does not fit this model: {len(left)} of its {len(tensors)} weights find no place, such as {left[0]!r}")
+    patched = [x.clone() if x is not None else None for x in (model, clip)]
+    for x in patched:
+        if x is not None:
+            x.add_patches(patches, strength)
+    return patched[0], patched[1]
+
+
 def activate() -> None:
     """Makes ComfyUI the process's host; a program that lends ComfyUI's nodes puts its own host above it."""
-    host._active.append(ComfyHost())
+    active = ComfyHost()
+    host._active.append(active)
+    routes.add_routes(PromptServer.instance.routes, lambda: active.output_folder, lambda: active.active_run)

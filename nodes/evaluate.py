@@ -51,6 +51,7 @@ class Evaluate:
         except ValueError as error:
             raise RunError(f'inputs "width" and "height": {error}') from None
         plan = SamplingPlan(policy.time_grid(steps, shift, height, width), evaluate.NOISELESS[policy.process], 0.0, guidance_scale, height, width)
+        host().load(policy)
         found = evaluate.evaluate(policy, lora, prompts.prompts, rewards, plan, noise_seed, batch_size, samples_per_prompt)
         folder = RunFolder(lora.folder)
         host().say(f"Evaluate: without the LoRA, and with {'its moving average' if lora.averaged else 'it'} after {lora.iterations} iterations")

@@ -57,5 +57,6 @@ class GroupSample:
             host().check_interrupt()
             host().progress(done, total)
 
+        host().load(family)
         rollout = sample(family, request, policy.encode(prompts.prompts), plan, policy.learner.version, tick=tick)
         return rollout, rollout.pictures

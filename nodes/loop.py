@@ -73,6 +73,11 @@ class LoopEnd:
     LOOP_END = True
 
     @classmethod
+    def IS_CHANGED(cls, unique_id, **inputs):
+        """ComfyUI would skip an unchanged Loop End in silence: only one whose run is finished, and then it is said."""
+        return host().finished_run(unique_id) or float("nan")
+
+    @classmethod
     def INPUT_TYPES(cls):
         return {"required": {"update": wires.socket(wires.UPDATE, "From Update, in the loop's body.", lazy=True, rawLink=True)},
                 "hidden": {"prompt": "PROMPT", "unique_id": "UNIQUE_ID"}}
@@ -93,6 +98,10 @@ class LoopRunner:
     DEPRECATED = True  # the editor leaves it out of its menus
 
     @classmethod
+    def IS_CHANGED(cls, **inputs):
+        return float("nan")  # Loop End decides; its expansion is never taken from a cache of its own
+
+    @classmethod
     def INPUT_TYPES(cls):
         return {"required": {loop.BODY: ("STRING", {"default": "", "tooltip": "The loop's body, written by Loop End."})},
                 "hidden": {"prompt": "PROMPT", "extra_pnginfo": "EXTRA_PNGINFO"}}
@@ -111,7 +120,8 @@ class LoopRunner:
             with processes.outside_inference_mode(), Session(policy, prompts, settings, fingerprint, body.end_id) as session:
                 while not session.ended:
                     session.end(runner.step(session.begin())["update"])
-                return session.snapshot(), session.record()
+                found = session.snapshot(), session.record()
+            return {"ui": {"dancegrpo_run": [session.folder.name]}, "result": found}
         except ValueError as error:
             raise RunError(str(error)) from error
 

@@ -35,6 +35,7 @@ class Update:
             host().progress(done, total)
 
         settings = grpo.UpdateSettings(clip_range, train_fraction, optimizer_steps, max_grad_norm)
+        host().load(policy.policy)
         try:
             return (grpo.update(policy.learner, advantages, settings, tick),)
         except (grpo.StaleRollout, grpo.NotFinite) as error:

@@ -38,6 +38,7 @@ RECORDED = {
         "reward_2 reward_3", "IMAGE FLOAT STRING"),
     "DanceGRPOPlotMetrics": ("run width height", "", "IMAGE"),
     "DanceGRPOSaveLora": ("lora filename", "", ""),
+    "DanceGRPOApplyPolicyLora": ("model lora strength", "clip", "MODEL CLIP"),
     # ComfyUI's own, as it declares them
     "SaveImage": ("images filename_prefix", "", ""),
     "PreviewImage": ("images", "", ""),

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .. import processes
 from ..grpo.protocol import Conditioning, SamplingPlan, TimeGrid
+from ..workflow.host import host
 
 _DTYPE_ARGUMENT = "dtype" if tuple(map(int, diffusers.__version__.split(".")[:2])) >= (0, 40) else "torch_dtype"
 
@@ -40,9 +41,16 @@ class Policy(abc.ABC):
             torch_dtype = getattr(torch, dtype)
             pipeline = cls.pipeline_class.from_pretrained(
                 folder, local_files_only=True, use_safetensors=True, **{_DTYPE_ARGUMENT: torch_dtype})
-            pipeline.to(processes.device())
             pipeline.set_progress_bar_config(disable=True)
-            return cls(name, pipeline, torch_dtype)
+            policy = cls(name, pipeline, torch_dtype)
+        host().load(policy)
+        return policy
+
+    def to(self, device: torch.device) -> None:
+        """Moves the weights, adapters among them; every parameter stays the object that it is, so that optimizers keep theirs."""
+        if device != self.device:
+            with processes.outside_inference_mode():
+                self.pipeline.to(device)
 
     @property
     def denoiser(self) -> torch.nn.Module:

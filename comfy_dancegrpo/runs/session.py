@@ -94,6 +94,7 @@ class Session:
 
     def __enter__(self) -> Session:
         settings = self.settings
+        host().load(self.policy)
         self.adapter = Adapter(self.policy, settings.lora, settings.seed)
         try:
             learner = Learner(self.policy, self.adapter.parameters, settings.optimizer, run=self.folder.name)

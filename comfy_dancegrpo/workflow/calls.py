@@ -8,6 +8,7 @@ import dataclasses
 import inspect
 import threading
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from .graph import NodeSpec, is_link, is_v3
@@ -47,14 +48,18 @@ def split(inputs: dict[str, list], as_lists: bool) -> list[Call]:
     return calls
 
 
-def invoke(function: Callable, calls: list[Call]) -> list[Any]:
-    """What `function` returns for each call, in order; blocked calls give their blocked value. Coroutines run together."""
+def invoke(function: Callable, calls: list[Call], around: Callable[[], AbstractContextManager] = nullcontext) -> list[Any]:
+    """What `function` returns for each call, in order; blocked calls give their blocked value. Coroutines run together.
+
+    `around()` is entered in the thread that calls: torch's modes belong to a thread.
+    """
     if inspect.iscoroutinefunction(function):
-        return _run_coroutine(_gather(function, calls))
+        return _run_coroutine(_gather(function, calls), around)
     results = []
-    for call in calls:
-        host().check_interrupt()
-        results.append(call if is_blocked(call) else function(**call))
+    with around():
+        for call in calls:
+            host().check_interrupt()
+            results.append(call if is_blocked(call) else function(**call))
     return results
 
 
@@ -64,17 +69,19 @@ async def _gather(function: Callable, calls: list[Call]) -> list[Any]:
     return [call if is_blocked(call) else next(results) for call in calls]
 
 
-def _run_coroutine(coroutine: Any) -> Any:
+def _run_coroutine(coroutine: Any, around: Callable[[], AbstractContextManager]) -> Any:
     """Runs a coroutine to its end, from a thread of its own where a loop already runs in this one (inside ComfyUI)."""
     try:
         asyncio.get_running_loop()
     except RuntimeError:
-        return asyncio.run(coroutine)
+        with around():
+            return asyncio.run(coroutine)
     outcome: list[Any] = [None, None]
 
     def run() -> None:
         try:
-            outcome[0] = asyncio.run(coroutine)
+            with around():
+                outcome[0] = asyncio.run(coroutine)
         except BaseException as error:  # handed to the waiting thread, whatever it is
             outcome[1] = error
 

@@ -183,8 +183,8 @@ class _Run:
         todo = [self._silenced(node_id, call) for call in calls.split(inputs, spec.input_is_list)]
         if not all(map(calls.is_blocked, todo)):
             host().node_started(shown, self.graph.get_node(shown)["class_type"], title_of(self.graph.get_node(shown)))
-        with host().around(spec.cls):
-            returned = [calls.Returned.of(value, spec.n_outputs) for value in calls.invoke(function, todo)]
+        called = calls.invoke(function, todo, lambda: host().around(spec.cls))
+        returned = [calls.Returned.of(value, spec.n_outputs) for value in called]
         ui = calls.merge_ui(returned)
         if ui:
             host().node_output(shown, ui)
@@ -268,6 +268,8 @@ class _Run:
 
 
 def _cause(error: Exception) -> str:
-    """An exception in one line: its class and the first line of what it says."""
+    """An exception in one line: its class and the first line of what it says, or, out of memory, what to lower."""
+    if type(error).__name__ == "OutOfMemoryError":
+        return 'out of memory; lower Loop Start\'s "micro_batch" first (it changes what fits, not what is learned), then the pictures\' size'
     said = str(error).strip().splitlines()
     return f"{type(error).__name__}: {said[0]}" if said else type(error).__name__

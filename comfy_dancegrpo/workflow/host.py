@@ -47,6 +47,16 @@ class Host:
         """The `torch.device` to run on, where the host decides that; None leaves it to accelerate."""
         return None
 
+    def load(self, policy: Any) -> None:
+        """Brings a policy (`policies.base.Policy`) to its device, before each phase that computes with it: a host where others
+        share the GPU may have moved it away since."""
+        from .. import processes
+
+        policy.to(processes.device())
+
+    def lora_saved(self, path: Path) -> None:
+        """A run's LoRA is on disk; a host that loads LoRAs makes it known there."""
+
     def find_model(self, kind: str, name: str) -> Path | None:
         """The first existing file or folder `name` of a kind, or None; a name that leaves its folder is never found."""
         for folder in self.model_folders(kind):
@@ -88,6 +98,10 @@ class Host:
 
     def run_ended(self, folder: Path, state: str) -> None:
         """A run is "finished" or "stopped"; its folder is as it will stay."""
+
+    def finished_run(self, node_id: str) -> str | None:
+        """For a host that caches: the last run of this Loop End where it is finished and would not be trained again, else None."""
+        return None
 
     def around(self, node_class: type) -> contextlib.AbstractContextManager:
         """What a node of this class is called under: classes that ComfyUI lends expect `torch.inference_mode()`."""
