@@ -48,6 +48,7 @@ _import_library()
 _nodes = importlib.import_module("comfy_dancegrpo.nodes")
 NODE_CLASS_MAPPINGS = _nodes.NODE_CLASS_MAPPINGS
 NODE_DISPLAY_NAME_MAPPINGS = _nodes.NODE_DISPLAY_NAME_MAPPINGS
+WEB_DIRECTORY = "./web"  # served as /extensions/<this folder's name>/: scripts, and a help page for every node in docs/
 if "folder_paths" in sys.modules and "server" in sys.modules:  # this is ComfyUI, and not a test that loads the door alone
     importlib.import_module("comfy_dancegrpo.nodes.comfy_host").activate()
-__all__ = ["NODE_CLASS_MAPPINGS", "NODE_DISPLAY_NAME_MAPPINGS"]
+__all__ = ["NODE_CLASS_MAPPINGS", "NODE_DISPLAY_NAME_MAPPINGS", "WEB_DIRECTORY"]

@@ -17,7 +17,7 @@ except ModuleNotFoundError:  # Python 3.10; pytest brings it
 
 ROOT = Path(__file__).resolve().parent.parent
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-TREE = ("__init__.py", "pyproject.toml", "requirements.txt", "comfy_dancegrpo", "nodes", "trainer", "workflows")
+TREE = ("__init__.py", "pyproject.toml", "requirements.txt", "comfy_dancegrpo", "nodes", "trainer", "workflows", "web", "locales")
 
 # as ComfyUI's load_custom_node does it
 LOAD = """
@@ -90,7 +90,7 @@ def test_every_folder_with_python_files_is_a_package_of_the_wheel():
     assert code - {folder_of(p) for p in packages} == set()
 
 
-@pytest.mark.parametrize("package", ["comfy_dancegrpo.embedded", "comfy_dancegrpo.workflows"])
+@pytest.mark.parametrize("package", ["comfy_dancegrpo.embedded", "comfy_dancegrpo.workflows", "comfy_dancegrpo.web", "comfy_dancegrpo.locales"])
 def test_every_data_file_is_in_the_wheel(package):
     folder = folder_of(package)
     files = {f for f in folder.rglob("*") if f.is_file() and f.suffix != ".py" and "__pycache__" not in f.parts}
