@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+import uuid
 from pathlib import Path
 
 from comfy_dancegrpo.errors import RunError
@@ -73,11 +74,23 @@ class PreviewImage:
     def preview(self, images, unique_id=None):
         from comfy_dancegrpo.runs.pictures import contact_sheet
 
+        name = re.sub(r"\W", "_", str(unique_id))
+        if host().preview_folder is not None:
+            return {"ui": {"images": self._for_page(host().preview_folder, f"preview_{name}_{uuid.uuid4().hex}", images)}}
         folder = _images_folder()
         folder.mkdir(parents=True, exist_ok=True)
-        name = re.sub(r"\W", "_", str(unique_id))
         contact_sheet(list(images)).save(folder / f"preview_{name}.png")
         return {"ui": {"images": []}}
+
+    @staticmethod
+    def _for_page(folder: Path, name: str, images) -> list[dict]:
+        """Writes each picture under a name that was never used: a page may still fetch the former ones."""
+        from comfy_dancegrpo.runs.pictures import to_image
+
+        names = [f"{name}_{i}.png" for i in range(len(images))]
+        for file, picture in zip(names, images):
+            to_image(picture).save(folder / file, compress_level=1)
+        return [{"filename": file, "subfolder": "", "type": "temp"} for file in names]
 
 
 class LoadImage:
@@ -139,3 +152,5 @@ NODES = {
     "PrimitiveStringMultiline": _primitive("STRING", {"default": "", "multiline": True}),
     "PrimitiveBoolean": _primitive("BOOLEAN", {"default": False}),
 }
+for _node in NODES.values():
+    _node.RELATIVE_PYTHON_MODULE = "nodes"  # where ComfyUI has them: the editor takes them for its core's

@@ -1,9 +1,10 @@
-"""The commands: `run`, `validate`, `nodes`. Options, what is printed, and the exit status; the work is elsewhere."""
+"""The commands: `run`, `validate`, `edit`, `nodes`. Options, what is printed, and the exit status; the work is elsewhere."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import importlib.util
 import json
 import sys
 import traceback
@@ -74,6 +75,31 @@ def validate(workflow: Workflow, output: Output = Path("output"), models: Models
     with _reported(debug):
         host = prepare(workflow, Options(output, input, models, extra_model_paths, comfyui, run, iterations, seed, set_ or []))
         print(f"{workflow}: {len(host.prompt)} nodes, no problems found")
+
+
+@app.command()
+def edit(workflow: Annotated[Optional[Path], typer.Argument(help="Opened as a copy; what the page saves is kept in the output folder.",
+                                                            show_default=False)] = None,
+         port: Annotated[int, typer.Option(min=0, max=65535, help="Where the page is served; 0 takes any that is free.")] = 8189,
+         listen: Annotated[str, typer.Option(metavar="ADDRESS", help="Any but this machine's own asks for a token.")] = "127.0.0.1",
+         token: Annotated[Optional[str], typer.Option(envvar="DANCEGRPO_TOKEN", show_default=False,
+                                                      help="Asked of whoever opens the page; made up where one is needed and none given.")] = None,
+         output: Output = Path("output"), models: Models = None, extra_model_paths: ExtraModelPaths = None, input: Input = None,
+         comfyui: ComfyUI = None, debug: Debug = False) -> None:
+    """Serves ComfyUI's editor with our nodes; what it runs is trained here, in a process of its own."""
+    with _reported(debug):
+        _need("edit", "editor", "aiohttp", "comfyui_frontend_package")
+        from .editor.server import serve
+        from .session import Options
+
+        serve(Options(output, input, models, extra_model_paths, comfyui), workflow, listen, port, token or None)
+
+
+def _need(command: str, extra: str, *packages: str) -> None:
+    """Raises WorkflowError, one line, for packages that are not installed."""
+    missing = [package.replace("_", "-") for package in packages if importlib.util.find_spec(package) is None]
+    if missing:
+        raise WorkflowError(f'{command} needs {" and ".join(missing)}; pip install "comfy-dancegrpo[{extra}]"')
 
 
 @app.command()

@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from comfy_dancegrpo.errors import Interrupted
-from comfy_dancegrpo.workflow.host import Host
 
-from .paths import ModelPaths
+from .hosts import ProgramHost
 
 
 class StoppedAtOnce(KeyboardInterrupt):
@@ -24,19 +23,14 @@ class StoppedAtOnce(KeyboardInterrupt):
         self.exit_status = 128 + signum
 
 
-class ConsoleHost(Host):
-    """Shows a run on stderr. `files` is what output nodes saved; `lent` are classes of ComfyUI, called under inference mode."""
+class ConsoleHost(ProgramHost):
+    """Shows a run on stderr. `files` is what output nodes saved."""
 
-    def __init__(self, registry: dict[str, type], output: Path, input: Path, paths: ModelPaths, lent: frozenset[type] = frozenset()):
-        super().__init__(registry, output, input, paths.models)
-        self.extra_pnginfo: dict[str, Any] | None = None
+    def __init__(self, *options: Any):
+        super().__init__(*options)
         self.files: dict[Path, None] = {}
-        self._paths, self._lent = paths, lent
         self._stopped_by: int | None = None
         self._display = _Bars() if sys.stderr.isatty() else _Lines()
-
-    def model_folders(self, kind: str) -> list[Path]:
-        return self._paths.folders(kind)
 
     def node_started(self, node_id: str, class_type: str, title: str) -> None:
         self._display.node(node_id, title)
@@ -52,13 +46,6 @@ class ConsoleHost(Host):
 
     def say(self, line: str) -> None:
         self._display.say(line)
-
-    def around(self, node_class: type) -> contextlib.AbstractContextManager:
-        if node_class not in self._lent:
-            return super().around(node_class)
-        import torch
-
-        return torch.inference_mode()
 
     def check_interrupt(self) -> None:
         if self._stopped_by is not None:

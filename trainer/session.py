@@ -7,13 +7,16 @@ import shlex
 import subprocess
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from comfy_dancegrpo.errors import WorkflowError
 from comfy_dancegrpo.workflow.host import use
 
 from .console import ConsoleHost
+from .hosts import ProgramHost
 from .paths import ModelPaths
+
+HostT = TypeVar("HostT", bound=ProgramHost)
 
 
 @dataclass(frozen=True)
@@ -46,8 +49,8 @@ class Nodes:
         return object_info(self.registry, self.display_names)
 
 
-def make_host(options: Options) -> tuple[ConsoleHost, Nodes]:
-    """The host and its nodes. Raises WorkflowError for a paths file or a ComfyUI folder that is not one."""
+def make_host(options: Options, kind: type[HostT] = ConsoleHost) -> tuple[HostT, Nodes]:
+    """A host of this kind and its nodes. Raises WorkflowError for a paths file or a ComfyUI folder that is not one."""
     root = options.comfyui
     paths = ModelPaths(options.models or (root / "models" if root else Path("models")))
     input = options.input or (root / "input" if root else Path("input"))
@@ -55,7 +58,7 @@ def make_host(options: Options) -> tuple[ConsoleHost, Nodes]:
         if file is not None and (file is options.extra_model_paths or file.is_file()):
             paths.read(file)
     nodes = _collect(options, input, paths)
-    return ConsoleHost(nodes.registry, options.output, input, paths, nodes.lent), nodes
+    return kind(nodes.registry, options.output, input, paths, nodes.lent), nodes
 
 
 def _collect(options: Options, input: Path, paths: ModelPaths) -> Nodes:
@@ -75,21 +78,27 @@ def _collect(options: Options, input: Path, paths: ModelPaths) -> Nodes:
 def prepare(workflow: Path, options: Options) -> ConsoleHost:
     """A host that holds the workflow, read, overridden and checked whole. Raises WorkflowError with every problem found."""
     from comfy_dancegrpo.workflow.convert import to_prompt
-    from comfy_dancegrpo.workflow.loop import check_loops
     from comfy_dancegrpo.workflow.overrides import apply_overrides
     from comfy_dancegrpo.workflow.read import read_workflow
-    from comfy_dancegrpo.workflow.validate import validate
 
     saved = read_workflow(workflow)
     host, nodes = make_host(options)
     with use(host):  # the choices of a combo may be files of the model folders
         prompt = to_prompt(saved, nodes.object_info())
         prompt = apply_overrides(prompt, nodes.registry, [*_loop_overrides(prompt, nodes.registry, options), *options.overrides])
-        validate(prompt, nodes.registry)
-        check_loops(prompt, nodes.registry)
+        check(prompt, nodes.registry)
     host.workflow_source, host.prompt = saved.raw, prompt
     host.extra_pnginfo = {"workflow": saved.data} if saved.format == "ui" else None
     return host
+
+
+def check(prompt: dict[str, Any], registry: dict[str, type]) -> None:
+    """Checks a prompt whole, loops included, and brings its values to their types. Raises WorkflowError with every problem found."""
+    from comfy_dancegrpo.workflow.loop import check_loops
+    from comfy_dancegrpo.workflow.validate import validate
+
+    validate(prompt, registry)
+    check_loops(prompt, registry)
 
 
 def _loop_overrides(prompt: dict[str, Any], registry: dict[str, type], options: Options) -> list[str]:

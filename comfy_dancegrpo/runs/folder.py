@@ -20,7 +20,7 @@ from ..workflow.host import host
 
 ON_EXISTING = ("new", "resume", "restart")
 MAY_CHANGE = ("run_name", "iterations", "checkpoint_every", "on_existing", "micro_batch")  # without it being another run
-_DEVICES = re.compile(r"(con|prn|aux|nul|(com|lpt)[0-9\u00b9\u00b2\u00b3]) *(\.|$)", re.IGNORECASE)  # Windows writes to these, whatever the suffix
+DEVICES = re.compile(r"(con|prn|aux|nul|(com|lpt)[0-9\u00b9\u00b2\u00b3]) *(\.|$)", re.IGNORECASE)  # Windows writes to these, whatever the suffix
 
 
 def write_atomically(path: Path, data: bytes | str) -> None:
@@ -31,7 +31,7 @@ def write_atomically(path: Path, data: bytes | str) -> None:
 
 def name_problem(name: str, input: str) -> str | None:
     """The line about a name that is no plain file name which every system takes; None where it is one."""
-    if _DEVICES.match(name):
+    if DEVICES.match(name):
         return f'input "{input}": found {name!r}, which is a device on Windows; accepted: another name'
     if re.fullmatch(r"[\w][\w .-]{0,99}", name) and not name.endswith((".", " ")):
         return None

@@ -124,7 +124,7 @@ def _node_info(name: str, cls: type, display_name: str) -> dict[str, Any]:
         "name": name,
         "display_name": display_name,
         "description": getattr(cls, "DESCRIPTION", ""),
-        "python_module": getattr(cls, "RELATIVE_PYTHON_MODULE", cls.__module__),
+        "python_module": getattr(cls, "RELATIVE_PYTHON_MODULE", f"custom_nodes.{cls.__module__.partition('.')[0]}"),
         "category": getattr(cls, "CATEGORY", "sd"),
         "output_node": getattr(cls, "OUTPUT_NODE", False) is True,
         "search_aliases": list(getattr(cls, "SEARCH_ALIASES", [])),
