@@ -1,0 +1,220 @@
+// The panel's pure functions and its watch of the server; run by test_panel.py.
+import assert from "node:assert/strict";
+import { test } from "node:test";
+import * as f from "./panel/format.js";
+import { Watch } from "./panel/watch.js";
+
+test("times", () => {
+  assert.deepEqual([0, 5.4, 74.1, 599.6, 3600, 36125].map(f.duration), ["0:00", "0:05", "1:14", "10:00", "1:00:00", "10:02:05"]);
+  assert.deepEqual([null, undefined, NaN, -1, Infinity].map(f.duration), ["", "", "", "", ""]);
+});
+
+test("figures", () => {
+  assert.deepEqual([0.712345, 12.3456, -0.5, 0, 43210, 6.56e-9, -2e6, null, NaN].map(f.figure),
+    ["0.7123", "12.35", "−0.5", "0", "43210", "6.6e-9", "−2.0e6", "–", "–"]);
+  assert.deepEqual([1.2, -0.851, 0, null].map((v) => f.signed(v)), ["+1.20", "−0.85", "0.00", "–"]);
+  assert.equal(f.signed(0.04712, null), "+0.04712");
+});
+
+test("ranges hold their data", () => {
+  assert.deepEqual(f.xRange(1, 50), [1, 50]);
+  assert.deepEqual(f.xRange(30, 1000), [1, 30]);
+  assert.deepEqual(f.xRange(300, 1000), [1, 1000]);
+  assert.deepEqual(f.xRange(0, 0), [1, 2]);
+  const [low, high] = f.yRange([[0.2, null, 0.4], [NaN, 0.1, 0.5]]);
+  assert.ok(low < 0.1 && low > 0 && high > 0.5 && high < 0.6);
+  assert.equal(f.yRange([[0.2, 0.4]], 0)[0], 0);
+  assert.deepEqual(f.yRange([[null], []]), [0, 1]);
+  const [under, over] = f.yRange([[3, 3]]);
+  assert.ok(under < 3 && over > 3);
+});
+
+test("the band is mean ± spread, with gaps where either is unknown", () => {
+  assert.deepEqual(f.band([1, 2, null, 4], [0.5, 1, 1, null]), [[0.5, 1, null, null], [1.5, 3, null, null]]);
+});
+
+test("which run is shown first", () => {
+  const runs = ["other", "a-12", "a", "a-b", "ab"].map((name) => ({ name }));
+  const mine = (node) => node === "10";
+  assert.equal(f.chooseRun({ run: "x", node: "10" }, runs, mine, "a"), "x");
+  assert.equal(f.chooseRun({ run: "x", node: "9" }, runs, mine, "a"), "a-12");
+  assert.equal(f.chooseRun(null, runs.slice(2), mine, "a"), "a");
+  assert.equal(f.chooseRun(null, runs, mine, "zzz"), null);
+  assert.equal(f.chooseRun(null, runs, mine, undefined), null);
+  assert.ok(f.isNode(10, "10") && f.isNode("3:10", 10, true) && !f.isNode("3:10", 10) && !f.isNode("110", 10, true) && !f.isNode(undefined, 10));
+});
+
+test("an evaluation's figures", () => {
+  const found = { before: 0.2478817, after: 0.295, gain: 0.0471183, ci95: [0.04, 0.05], n: 160 };
+  assert.deepEqual(f.evaluation(found), { before: "0.2479", after: "0.295", gain: "+0.04712 ± 0.005", sure: 1 });
+  assert.equal(f.evaluation({ ...found, ci95: [-0.1, 0.2] }).sure, 0);
+  assert.deepEqual(f.evaluation({ ...found, gain: -0.1, ci95: null }).gain, "−0.1");
+});
+
+test("pictures fill their box, and scroll where they would be too small", () => {
+  const gap = 6, below = 15;
+  for (const [width, height, count] of [[360, 200, 8], [360, 400, 4], [700, 300, 12], [360, 300, 1]]) {
+    const tile = f.tileWidth(width, height, count, below, gap, 20, 1000);
+    const columns = Math.floor((width + gap) / (tile + gap));
+    const rows = Math.ceil(count / columns);
+    assert.ok(rows * (tile + below) + (rows - 1) * gap <= height && columns * tile <= width);
+  }
+  assert.equal(f.tileWidth(360, 100, 32, below, gap, 68), 68);
+});
+
+/** Timers that move when they are told to. */
+function clock() {
+  const queue = [];
+  const timers = { time: 0, now: () => timers.time, set: (work, delay) => queue.push({ at: timers.time + delay, work }), clear: () => queue.splice(0) };
+  timers.to = async (time) => {
+    for (;;) {
+      await new Promise(setImmediate);
+      const next = queue.findIndex((entry) => entry.at <= time);
+      if (next < 0) break;
+      const [entry] = queue.splice(next, 1);
+      timers.time = Math.max(timers.time, entry.at);
+      entry.work();
+    }
+    timers.time = time;
+  };
+  return timers;
+}
+
+test("calls are paced, and the last is never lost", async () => {
+  const timers = clock(), starts = [];
+  const call = f.paced(async () => starts.push(timers.now()), 500, timers);
+  for (let time = 0; time <= 2000; time += 50) {
+    await timers.to(time);
+    call();
+  }
+  await timers.to(5000);
+  assert.deepEqual(starts, [0, 500, 1000, 1500, 2000, 2500]);
+});
+
+test("never two at once, and one more after a call in between", async () => {
+  const timers = clock(), gates = [];
+  const call = f.paced(() => new Promise((resolve) => gates.push(resolve)), 500, timers);
+  call();
+  await timers.to(100);
+  call();
+  call();
+  await timers.to(5000);
+  assert.equal(gates.length, 1);
+  gates[0]();
+  await timers.to(5001);
+  assert.equal(gates.length, 2);
+});
+
+/** A server with runs, whose requests are counted; `gone` makes it unreachable. */
+function stub(runs, active = null) {
+  const ask = { runs, active, gone: false, asked: [] };
+  const answer = async (what, value) => {
+    ask.asked.push(what);
+    if (ask.gone) throw new TypeError("fetch failed");
+    if (value === undefined) throw Object.assign(new Error("no run"), { status: 404 });
+    return value;
+  };
+  return Object.assign(ask, {
+    list: () => answer("list", { runs: ask.runs, active: ask.active }),
+    run: (name) => answer(name, ask.runs.find((run) => run.name === name)),
+    stop: (name) => answer(`stop ${name}`, {}),
+  });
+}
+
+async function watched(ask, runName, check) {
+  const timers = clock();
+  const watch = new Watch(ask, (node) => node === "10", () => runName, () => {}, timers);
+  watch.start();
+  try {
+    await timers.to(1000);
+    await check(watch, timers);
+  } finally {
+    watch.end();
+  }
+}
+
+const A = { name: "a", state: "finished" }, B = { name: "b", state: "running" };
+
+test("a page that is loaded in mid-run shows that run", () =>
+  watched(stub([A, B], { run: "b", node: "10" }), "a", async (watch) => {
+    assert.equal(watch.shown, "b");
+    assert.equal(watch.run, B);
+    assert.equal(watch.elsewhere, false);
+  }));
+
+test("the user's choice stays through this run's events, until the next run begins", () => {
+  const ask = stub([A, B, { name: "c", state: "running" }], { run: "b", node: "10" });
+  return watched(ask, "b", async (watch, timers) => {
+    watch.choose("a");
+    watch.told({ run: "b", node: "10", state: "running" });
+    await timers.to(3000);
+    assert.equal(watch.run, A);
+    watch.told({ run: "b", node: "10", state: "finished" });
+    await timers.to(6000);
+    assert.equal(watch.run, A);
+    ask.active = { run: "c", node: "10" };
+    watch.told({ run: "c", node: "10", state: "running" });
+    await timers.to(9000);
+    assert.equal(watch.run?.name, "c");
+  });
+});
+
+test("another node's run is not this one's", () => {
+  const ask = stub([A, B]);
+  return watched(ask, "a", async (watch, timers) => {
+    const before = ask.asked.length;
+    watch.told({ run: "b", node: "11", state: "running" });
+    await timers.to(3000);
+    assert.equal(watch.shown, "a");
+    assert.equal(ask.asked.length, before);
+  });
+});
+
+test("the last event's state is fetched however fast they come, at most two requests a second", () => {
+  const ask = stub([{ name: "b", state: "running", iteration: 0 }], { run: "b", node: "10" });
+  return watched(ask, "b", async (watch, timers) => {
+    const before = ask.asked.length;
+    for (let i = 1; i <= 100; i++) {
+      ask.runs = [{ name: "b", state: i < 100 ? "running" : "finished", iteration: i }];
+      watch.told({ run: "b", node: "10", state: ask.runs[0].state, iteration: i });
+      await timers.to(1000 + 30 * i);
+    }
+    await timers.to(8000);
+    assert.deepEqual([watch.run.iteration, watch.run.state], [100, "finished"]);
+    assert.ok(ask.asked.length - before <= 9, String(ask.asked.length - before));
+  });
+});
+
+test("a server that is gone is told, and found again", () => {
+  const ask = stub([B], { run: "b", node: "10" });
+  return watched(ask, "b", async (watch, timers) => {
+    ask.gone = true;
+    watch.refresh();
+    await timers.to(3000);
+    assert.match(watch.error, /does not answer/);
+    assert.equal(watch.run, B); // what was known stays
+    ask.gone = false;
+    watch.poll();
+    await timers.to(6000);
+    assert.equal(watch.error, "");
+  });
+});
+
+test("stop asks the server, and shows it at once", () => {
+  const ask = stub([B], { run: "b", node: "10" });
+  return watched(ask, "b", async (watch) => {
+    await watch.stop();
+    assert.ok(ask.asked.includes("stop b"));
+    assert.equal(watch.run.state, "stopping");
+  });
+});
+
+test("nothing to show, and a run that cannot be read", async () => {
+  await watched(stub([]), "a", async (watch) => assert.deepEqual([watch.ready, watch.shown, watch.run, watch.error], [true, null, null, ""]));
+  const ask = stub([A]);
+  ask.run = async () => { throw Object.assign(new Error("no run 'a'"), { status: 404 }); };
+  await watched(ask, "a", async (watch) => {
+    assert.equal(watch.run, null);
+    assert.match(watch.error, /404: no run 'a'/);
+  });
+});
