@@ -1,15 +1,20 @@
 """What the tests of the package as a user meets it share: the quickstart, made tiny, and the command line, run in this process."""
 
+import asyncio
 import contextlib
 import copy
+import http.client
 import io
 import json
+import queue
 import sys
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
+WAIT = 60  # seconds until something is given up that is waited for
 QUICKSTART = Path(__file__).resolve().parent.parent / "workflows" / "quickstart.json"
 
 
@@ -118,3 +123,119 @@ def tiny_loop() -> list[str]:
 def loop_only(prompt):
     """The quickstart's prompt without what comes after its loop: a run of it ends with Loop End."""
     return {node_id: node for node_id, node in prompt.items() if int(node_id) <= 11}
+
+
+class RunningEditor:
+    """The bundled editor on a free port, served by a thread of this process; its folders are `folder/output` and `folder/input`.
+
+    Needs aiohttp. `jobs` are options of the editor's Jobs.
+    """
+
+    def __init__(self, folder: Path, address: str = "127.0.0.1", token: str | None = None, opened: Path | None = None, **jobs):
+        from comfy_dancegrpo.trainer.editor import server
+        from comfy_dancegrpo.trainer.editor.editor import Editor
+        from comfy_dancegrpo.trainer.session import Options
+        from comfy_dancegrpo.workflow.host import use
+
+        self.folder, self.output = folder, folder / "output"
+        self.editor = Editor(Options(output=self.output, input=folder / "input", models=folder / "models"),
+                             server.opened(opened) if opened else None, **jobs)
+        self._closed, self._loop = False, asyncio.new_event_loop()
+        threading.Thread(target=self._loop.run_forever, daemon=True).start()
+        self._using = use(self.editor.host)
+        self._using.__enter__()
+        self.server = self.run(self._start(server.Server, address, token))
+        self.port = self.server.port
+
+    async def _start(self, server_class, address, token):
+        server = server_class(self.editor, address, 0, token)
+        await server.start()
+        return server
+
+    def run(self, coroutine):
+        """Runs a coroutine in the server's loop."""
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(WAIT)
+
+    def close(self) -> None:
+        if not self._closed:
+            self._closed = True
+            self.run(self.server.stop())
+            self._using.__exit__(None, None, None)
+            self._loop.call_soon_threadsafe(self._loop.stop)
+
+    def ask(self, method: str, path: str, body: bytes | None = None, headers: dict[str, str] | None = None) -> "Answer":
+        """One request, its path sent as it stands."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=WAIT)
+        try:
+            connection.request(method, path, body, headers or {})
+            response = connection.getresponse()
+            return Answer(response.status, dict(response.getheaders()), b"" if response.status == 101 else response.read())
+        finally:
+            connection.close()
+
+    def get(self, path: str):
+        """The JSON that a GET gives."""
+        answer = self.ask("GET", path)
+        assert answer.status == 200, (path, answer)
+        return json.loads(answer.body)
+
+    def post(self, path: str, value) -> "Answer":
+        return self.ask("POST", path, json.dumps(value).encode(), {"Content-Type": "application/json"})
+
+    def page(self, client_id: str) -> "Page":
+        return Page(self, client_id)
+
+
+@dataclass(frozen=True)
+class Answer:
+    status: int
+    headers: dict[str, str]
+    body: bytes
+
+
+class Page:
+    """An open page's WebSocket, as a context; `until` waits for a message."""
+
+    def __init__(self, running: RunningEditor, client_id: str):
+        self._running, self.client_id = running, client_id
+        self._messages: queue.Queue = queue.Queue()
+        self._opened = threading.Event()
+
+    def __enter__(self) -> "Page":
+        self._reading = asyncio.run_coroutine_threadsafe(self._read(), self._running._loop)
+        assert self._opened.wait(WAIT)
+        return self
+
+    async def _read(self) -> None:
+        import aiohttp
+
+        async with aiohttp.ClientSession() as session:
+            async with session.ws_connect(f"http://127.0.0.1:{self._running.port}/ws?clientId={self.client_id}") as socket:
+                self._opened.set()
+                async for message in socket:
+                    self._messages.put(json.loads(message.data))
+
+    def until(self, kind: str, **wanted) -> dict:
+        """The data of the next message of a kind that holds what is wanted; a value may be a test of its own."""
+        while True:
+            message = self._messages.get(timeout=WAIT)
+            data = message["data"]
+            if message["type"] == kind and all(v(data.get(k)) if callable(v) else data.get(k) == v for k, v in wanted.items()):
+                return data
+
+    def __exit__(self, *error) -> None:
+        self._reading.cancel()
+
+
+@pytest.fixture(scope="session")
+def start_editor():
+    """`start_editor(folder, ...)`: a RunningEditor, closed at the end at the latest."""
+    started = []
+
+    def start(folder: Path, **options) -> RunningEditor:
+        started.append(RunningEditor(folder, **options))
+        return started[-1]
+
+    yield start
+    for running in started:
+        running.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import mimetypes
+import re
 import unicodedata
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,7 @@ def file_in(folder: Path, name: str) -> Path:
 def new_file_in(folder: Path, name: str) -> Path:
     """As `path_in`, of a file that may be written: each part of its name is one that every system takes."""
     for part in name.split("/"):
-        odd = set(part) & set('<>:"\\|?*') or any(unicodedata.category(letter).startswith("C") for letter in part)
+        odd = re.search(r'[<>:"\\|?*]|%[0-9A-Fa-f]{2}', part) or any(unicodedata.category(letter).startswith("C") for letter in part)
         if odd or not part or part in (".", "..") or part.endswith((".", " ")) or len(part) > _LONGEST or DEVICES.match(part):
             raise Refused(400, f"found {name!r}, accepted: a plain file name")
     path = path_in(folder, name)

@@ -22,7 +22,8 @@ from .editor import MOST_UPLOAD, PACK, Editor
 from .files import MEDIA, Refused, file_in, new_file_in, path_in, send_media, send_program
 
 _ANNOTATED = re.compile(r"(.+) \[(output|input|temp)\]")
-_CHUNK = 2**20
+_CHUNK = 2**20  # bytes
+_LONGEST_FIELD = 1000
 
 
 def add(routes: web.RouteTableDef, editor: Editor) -> None:
@@ -147,8 +148,10 @@ async def _receive(request: web.Request, file: BinaryIO) -> dict[str, str]:
                     raise Refused(413, f"found more than {MOST_UPLOAD} bytes, accepted: at most as many")
                 if part.name == "image":
                     file.write(chunk)
-                elif len(chunk) <= 4096 and part.name:
-                    fields[part.name] = fields.get(part.name, "")[:4096] + chunk.decode("utf-8")
+                elif len(text := fields.get(part.name or "", "") + chunk.decode("utf-8")) <= _LONGEST_FIELD:
+                    fields[part.name or ""] = text
+                else:
+                    raise Refused(400, f"{part.name}: found more than {_LONGEST_FIELD} characters")
             if part.name == "image":
                 fields["filename"] = part.filename or ""
     except (ValueError, RuntimeError, AttributeError) as error:  # what aiohttp raises over a broken form

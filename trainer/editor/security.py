@@ -60,9 +60,9 @@ class Gate:
         """Not the token itself: a browser sends a host's cookies to every port of it."""
         return hmac.new((self._token or "").encode(), b"dancegrpo editor", hashlib.sha256).hexdigest()
 
-    def remember(self, request: web.Request, response: web.StreamResponse) -> None:
+    def _remember(self, request: web.Request, response: web.StreamResponse) -> None:
         """Gives the browser that came with the token a cookie in its place."""
-        if self._token is not None and request.method == hdrs.METH_GET and _same(request.query.get("token", ""), self._token):
+        if self._token is not None and not response.prepared and _same(request.query.get("token", ""), self._token):
             response.set_cookie(_cookie_name(request), self._cookie, httponly=True, samesite="Strict", path="/", secure=request.secure)
 
     @web.middleware
@@ -70,7 +70,9 @@ class Gate:
         """Checks, and answers whatever was refused with its one line."""
         try:
             self.check(request)
-            return await handler(request)
+            response = await handler(request)
+            self._remember(request, response)
+            return response
         except Refused as refused:
             return web.json_response({"error": {"type": "refused", "message": str(refused), "details": "", "extra_info": {}}, "node_errors": {}},
                                      status=refused.status)
@@ -78,11 +80,11 @@ class Gate:
             return web.json_response({"error": {"type": "refused", "message": str(error), "details": "", "extra_info": {}}, "node_errors": {}},
                                      status=400)
 
-    async def prepare(self, request: web.Request, response: web.StreamResponse) -> None:
-        """aiohttp's on_response_prepare."""
+    @staticmethod
+    async def prepare(request: web.Request, response: web.StreamResponse) -> None:
+        """aiohttp's on_response_prepare: what every answer says."""
         for name, value in _HEADERS.items():
             response.headers.setdefault(name, value)
-        self.remember(request, response)
 
 
 def _same(offered: str, wanted: str) -> bool:
