@@ -1,4 +1,4 @@
-"""Makes the embedded policy and reward from nothing but `shapes.py`: about fifty minutes on two cores.
+"""Makes the embedded policy and reward from nothing but `shapes.py`: about fifty minutes on two cores with --compile.
 
     python -m comfy_dancegrpo.embedded.pretrain --output FOLDER
 
@@ -32,29 +32,29 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from . import shapes
 
 TOKENS = 16
-# What is decided in the first, noisiest steps is redrawn often: a picture then is sharp and wrong. A shape that is redrawn as often
-# leaves a model of this size with blends of two shapes.
-REDRAW = shapes.Redraw(size=0.2, colour=0.45, shape=0.1, place=0.2, background=0.45)
-COPIES = 8  # pictures of each combination, each with its own jitter
+# Colour and background are redrawn most: a picture is then sharp and wrong, where a redrawn shape leaves a blend of two.
+REDRAW = shapes.Redraw(size=0.15, colour=0.3, shape=0.1, place=0.15, background=0.3)
 
 
 @dataclass
 class Bank:
-    """Every combination of attributes, drawn `COPIES` times: pictures [N * COPIES, 3, 64, 64] float32 in -1..1."""
+    """Every combination of attributes, drawn `copies` times: pictures [N * copies, 3, 64, 64] float32 in -1..1."""
 
     attributes: list[shapes.Attributes]
+    copies: int
     pictures: torch.Tensor
 
     @classmethod
-    def drawn(cls, seed: int) -> Bank:
-        rng, attributes = random.Random(seed), shapes.every()
-        arrays = [np.asarray(shapes.draw(a, rng)) for a in attributes for _ in range(COPIES)]
-        return cls(attributes, torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).float() / 127.5 - 1)
+    def drawn(cls, copies: int = 1, rng: random.Random | None = None) -> Bank:
+        """With `rng` each picture has its own jitter: augmentation for the VAE and the reward. The flow learns the exact ones."""
+        attributes = shapes.every()
+        arrays = [np.asarray(shapes.draw(a, rng)) for a in attributes for _ in range(copies)]
+        return cls(attributes, copies, torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).float() / 127.5 - 1)
 
     def rows(self, wanted: list[shapes.Attributes], rng: random.Random) -> torch.Tensor:
         """A random picture's row for each of the wanted attributes."""
         index = {a: i for i, a in enumerate(self.attributes)}
-        return torch.tensor([index[a] * COPIES + rng.randrange(COPIES) for a in wanted])
+        return torch.tensor([index[a] * self.copies + rng.randrange(self.copies) for a in wanted])
 
 
 def schedule(optimizer: torch.optim.Optimizer, steps: int, decay: float = 0.5) -> torch.optim.lr_scheduler.LambdaLR:
@@ -131,7 +131,7 @@ def train_vae(bank: Bank, steps: int, seed: int) -> AutoencoderKL:
         loss = F.mse_loss(decoded, crops) + 0.3 * F.l1_loss(decoded, crops) + 3e-4 * kl
         _apply(loss, [optimizer], [rate], vae.parameters())
         log(step, loss.detach())
-    latents = encode(vae, bank.pictures[:: COPIES])
+    latents = encode(vae, bank.pictures[:: bank.copies])
     vae.register_to_config(scaling_factor=1 / latents.std().item(), shift_factor=latents.mean().item())
     return vae.eval()
 
@@ -201,7 +201,8 @@ def cosine(model: CLIPModel, tokenizer: CLIPTokenizer, pictures: torch.Tensor, c
 # -- flow -----------------------------------------------------------------------------------------------------------
 
 
-def make_flow(clip_tokenizer: CLIPTokenizer, t5_tokenizer: T5TokenizerFast, vae: AutoencoderKL, seed: int) -> FluxPipeline:
+def make_flow(clip_tokenizer: CLIPTokenizer, t5_tokenizer: T5TokenizerFast, vae: AutoencoderKL, reward: CLIPModel, seed: int) -> FluxPipeline:
+    """A new transformer and T5; the CLIP text encoder begins as the reward's, which tells the captions apart already."""
     torch.manual_seed(seed)
     transformer = FluxTransformer2DModel(
         patch_size=1, in_channels=32, num_layers=2, num_single_layers=3, attention_head_dim=32, num_attention_heads=4,
@@ -212,6 +213,7 @@ def make_flow(clip_tokenizer: CLIPTokenizer, t5_tokenizer: T5TokenizerFast, vae:
         max_position_embeddings=TOKENS, bos_token_id=clip_tokenizer.bos_token_id,
         eos_token_id=clip_tokenizer.eos_token_id, pad_token_id=clip_tokenizer.pad_token_id,
     ))
+    clip.load_state_dict(reward.text_model.state_dict())
     t5 = T5EncoderModel(T5Config(vocab_size=len(t5_tokenizer), d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4,
                                  dropout_rate=0.0, feed_forward_proj="gated-gelu"))
     return FluxPipeline(FlowMatchEulerDiscreteScheduler(shift=3.0), vae, clip, clip_tokenizer, t5, t5_tokenizer, transformer)
@@ -311,12 +313,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, required=True, help="folder to write policy/, reward/, prompts/ and card.json to")
     parser.add_argument("--vae-steps", type=int, default=800)
     parser.add_argument("--reward-steps", type=int, default=1500)
-    parser.add_argument("--flow-steps", type=int, default=3600)
+    parser.add_argument("--flow-steps", type=int, default=3000)
     parser.add_argument("--compile", action="store_true", help="compile the transformer: faster, where a C++ compiler is installed")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
     options.output.mkdir(parents=True, exist_ok=True)
-    start, bank = time.time(), Bank.drawn(options.seed)
+    minutes, start, bank = {}, time.time(), Bank.drawn(8, random.Random(options.seed))
     clip_tokenizer, t5_tokenizer = make_clip_tokenizer(), make_t5_tokenizer()
     for name, captions in shapes.splits().items():
         path = options.output / "prompts" / f"shapes_{name}.txt"
@@ -326,7 +328,9 @@ def main(arguments: list[str] | None = None) -> None:
     vae = train_vae(bank, options.vae_steps, options.seed)
     card = {"vae_psnr_db": psnr(vae, bank.pictures[5:: 151])}
     print(card, flush=True)
+    minutes["vae"], start = (time.time() - start) / 60, time.time()
     reward = train_reward(bank, clip_tokenizer, options.reward_steps, options.seed)
+    minutes["reward"], start = (time.time() - start) / 60, time.time()
     save_reward(reward, clip_tokenizer, options.output / "reward")
 
     def keep(step: int, pipe: FluxPipeline) -> None:
@@ -335,8 +339,10 @@ def main(arguments: list[str] | None = None) -> None:
         copy.deepcopy(pipe).to(torch.float16).save_pretrained(options.output / "policy")
         make_portable(options.output / "policy")
 
-    pipe = train_flow(make_flow(clip_tokenizer, t5_tokenizer, vae, options.seed), bank, options.flow_steps, options.seed, options.compile, keep)
-    card |= figures(pipe, reward) | {"minutes": (time.time() - start) / 60, "torch": torch.__version__,
+    pipe = make_flow(clip_tokenizer, t5_tokenizer, vae, reward, options.seed)
+    pipe = train_flow(pipe, Bank.drawn(), options.flow_steps, options.seed, options.compile, keep)
+    minutes["flow"] = (time.time() - start) / 60
+    card |= figures(pipe, reward) | {"minutes": minutes, "torch": torch.__version__,
                                      "steps": [options.vae_steps, options.reward_steps, options.flow_steps]}
     (options.output / "card.json").write_text(json.dumps(card, indent=2) + "\n")
     print(card)

@@ -1,0 +1,17 @@
+"""Starts the ComfyUI in the folder `sys.argv[1]` with the rest of the words, also where torchvision was built for another torch."""
+
+import contextlib
+import os
+import runpy
+import sys
+
+import torch
+
+root, *words = sys.argv[1:]
+library = torch.library.Library("torchvision", "FRAGMENT")
+with contextlib.suppress(RuntimeError):  # torchvision's own library is there, and has defined it
+    library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+os.chdir(root)
+sys.path.insert(0, root)
+sys.argv = ["main.py", *words]
+runpy.run_path(os.path.join(root, "main.py"), run_name="__main__")

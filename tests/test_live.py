@@ -1,0 +1,117 @@
+"""What a page reads of a run, and its request to stop."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from PIL import Image
+from safetensors.torch import load_file
+
+from comfy_dancegrpo.runs import live
+from comfy_dancegrpo.trainer.console import ConsoleHost
+
+
+@pytest.fixture(scope="module")
+def run(cli, quickstart, tiny_loop, tmp_path_factory):
+    """The folder of a run of two iterations, two groups of three; nothing but its loop and Save LoRA."""
+    graph = json.loads(quickstart.read_text(encoding="utf-8"))
+    for node in graph["nodes"]:
+        if node["type"] in ("DanceGRPOEvaluate", "SaveImage", "PreviewImage"):
+            node["mode"] = 2
+    path = tmp_path_factory.mktemp("live") / "flow.json"
+    path.write_text(json.dumps(graph), encoding="utf-8")
+    done = cli("run", path, "--output", path.parent / "out", *tiny_loop)
+    assert done.status == 0, done.err
+    return path.parent / "out" / "quickstart"
+
+
+def rows(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def test_curves_are_the_metrics(run):
+    seen = live.read(run)
+    assert (seen["name"], seen["state"], seen["iteration"], seen["iterations"]) == ("quickstart", "finished", 2, 2)
+    for name in live.COLUMNS:
+        assert seen["columns"][name] == [row[name] for row in rows(run)]
+    assert seen["seconds_left"] is None
+
+
+def test_the_last_iterations_first_group_is_shown_best_first(run):
+    group = live.read(run)["group"]
+    samples = group["samples"]
+    assert group["reward"] == "clip_score" and len(samples) == 3
+    assert sorted(p.name for p in (run / "live").glob("*.jpg")) == sorted(s["file"] for s in samples)
+    assert {s["file"].split("-")[0] for s in samples} == {"2"}
+    assert [s["advantage"] for s in samples] == sorted((s["advantage"] for s in samples), reverse=True)
+    assert [s["score"] for s in samples] == sorted((s["score"] for s in samples), reverse=True)  # one reward: the same order
+    scores = [s["score"] for s in samples]
+    mean = sum(scores) / 3
+    std = (sum((x - mean) ** 2 for x in scores) / 2) ** 0.5
+    for sample in samples:  # the advantage's definition
+        assert sample["advantage"] == pytest.approx((sample["score"] - mean) / (std + 1e-8), abs=1e-4)
+        assert Image.open(run / "live" / sample["file"]).size == (64, 64)
+
+
+def test_long_curves_are_thinned_and_keep_their_end(tmp_path):
+    (tmp_path / "run.json").write_text('{"state": "running", "iterations": 0}')
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps({"iteration": i, "reward_mean": i / 2}) + "\n" for i in range(1, 2502)))
+    seen = live.read(tmp_path)
+    assert len(seen["columns"]["iteration"]) <= live.POINTS + 1
+    assert seen["columns"]["iteration"][0] == 1 and seen["columns"]["iteration"][-1] == 2501 == seen["iteration"]
+    assert seen["columns"]["reward_mean"][-1] == 1250.5 and seen["columns"]["grad_norm"][-1] is None
+
+
+def test_what_is_no_run(tmp_path, run):
+    assert live.read(tmp_path) == {} == live.read(tmp_path / "none")
+    (tmp_path / "run.json").write_text("{")
+    assert live.read(tmp_path) == {}
+    assert live.list_runs(tmp_path / "none") == []
+    assert live.list_runs(run.parent) == [{"name": "quickstart", "state": "finished", "iteration": 2}]
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """The user asks to stop in the middle of the second iteration."""
+    told = ConsoleHost.run_moved
+
+    def run_moved(self, folder, iteration, iterations):
+        told(self, folder, iteration, iterations)
+        if iteration == 1:
+            live.request_stop(folder)
+
+    monkeypatch.setattr(ConsoleHost, "run_moved", run_moved)
+
+
+def test_stop_after_this_iteration_goes_on_with_what_was_trained(cli, quickstart, tiny, tmp_path, asked, monkeypatch):
+    words = [*tiny, "--iterations", 4]
+    done = cli("run", quickstart, "--output", tmp_path / "asked", *words)
+    assert done.status == 0, done.err
+    folder = tmp_path / "asked/quickstart"
+    assert len(rows(folder)) == 1 and live.read(folder)["state"] == "stopped" and not (folder / "live/stop").exists()
+    assert (folder / "summary.json").is_file() and any("stopped after iteration 1" in line for line in done.err)
+    monkeypatch.undo()
+    assert cli("run", quickstart, "--output", tmp_path / "one", *tiny, "--iterations", 1).status == 0
+    equal(folder, tmp_path / "one/quickstart")
+    done = cli("run", quickstart, "--output", tmp_path / "asked", *words, "--set", "Loop Start.on_existing=resume")
+    assert done.status == 0 and any("goes on after iteration 1" in line for line in done.err)
+    assert cli("run", quickstart, "--output", tmp_path / "four", *words).status == 0
+    equal(folder, tmp_path / "four/quickstart")
+
+
+def test_a_former_request_stops_no_later_run(cli, quickstart, tiny, tmp_path):
+    for again in ("new", "restart"):
+        done = cli("run", quickstart, "--output", tmp_path, *tiny, "--set", f"Loop Start.on_existing={again}")
+        assert done.status == 0 and len(rows(tmp_path / "quickstart")) == 2
+        live.request_stop(tmp_path / "quickstart")
+
+
+def equal(folder, other):
+    ours, theirs = (load_file(path / "lora/quickstart.safetensors") for path in (folder, other))
+    assert ours.keys() == theirs.keys() and all((ours[name] == theirs[name]).all() for name in ours)
+
+
+def test_reading_imports_no_torch():
+    code = "import sys; import comfy_dancegrpo.runs.live; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
