@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-WAIT = 60  # seconds until something is given up that is waited for
+WAIT = 300  # seconds until something is given up that is waited for
 QUICKSTART = Path(__file__).resolve().parent.parent / "workflows" / "quickstart.json"
 
 
