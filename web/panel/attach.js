@@ -3,7 +3,7 @@ import { isNode } from "./format.js";
 import { View } from "./view.js";
 import { Watch, server } from "./watch.js";
 
-const LEAST = { width: 380, height: 420 }; // of the panel; the node's title and slots come on top
+const LEAST = { width: 300, height: 410 }; // of the panel; the node adds its margins, its title and its slots
 const USUAL = [420, 660]; // of a new node
 const ENDS = ["execution_success", "execution_error", "execution_interrupted"]; // Evaluate writes its figures after the run
 const START = "DanceGRPOLoopStart";
@@ -46,7 +46,7 @@ export function attach(node, app, api) {
   };
   after(node, "onAdded", () => listen(true));
   after(node, "onRemoved", () => listen(false));
-  after(node, "onConfigure", () => node.setSize([Math.max(node.size[0], LEAST.width + 20), node.size[1]])); // graphs from before the panel
+  after(node, "onConfigure", () => node.setSize(node.size.map((size, i) => Math.max(size, node.computeSize()[i])))); // graphs from before the panel
   if (node.graph) listen(true);
 }
 

@@ -9,12 +9,12 @@ export function duration(seconds) {
   return hours ? `${hours}:${two(minutes)}:${two(rest)}` : `${minutes}:${two(rest)}`;
 }
 
-/** A number in at most four significant digits; "–" where there is none. */
-export function figure(value) {
+/** A number in at most `digits` significant digits; "–" where there is none. */
+export function figure(value, digits = 4) {
   if (!Number.isFinite(value)) return "–";
   const size = Math.abs(value);
   if (size !== 0 && (size < 1e-3 || size >= 1e5)) return minus(value.toExponential(1).replace("e+", "e"));
-  return minus(String(size >= 1000 ? Math.round(value) : Number(value.toPrecision(4))));
+  return minus(String(size >= 1000 ? Math.round(value) : Number(value.toPrecision(digits))));
 }
 
 /** The same with its sign always written. */
@@ -83,13 +83,13 @@ export function runLabel(run) {
 /** An evaluation's figures as text: before, after, and the gain with half the width of its 95 % interval. */
 export function evaluation(found) {
   const [low, high] = found.ci95 ?? [];
-  const half = known(low) && known(high) ? ` ± ${figure((high - low) / 2)}` : "";
+  const half = known(low) && known(high) ? ` ± ${figure((high - low) / 2, 2)}` : "";
   return { before: figure(found.before), after: figure(found.after), gain: signed(found.gain, null) + half,
            sure: half ? (low > 0 ? 1 : high < 0 ? -1 : 0) : 0 };
 }
 
 /** Width of square pictures, so that `count` of them with `below` px of caption fill a box; at least `least`, then it scrolls. */
-export function tileWidth(width, height, count, below, gap, least = 68, most = 256) {
+export function tileWidth(width, height, count, below, gap, least = 78, most = 256) {
   let best = 0;
   for (let columns = 1; columns <= count; columns++) {
     const rows = Math.ceil(count / columns);

@@ -5,8 +5,8 @@ import { band, duration, evaluation, figure, groupKey, runLabel, signed, tileWid
 const STATES = ["running", "stopping", "stopped", "finished"];
 const CURVES = [
   { key: "reward_mean", spread: "reward_std", title: "Reward", rows: 28, y: (data) => yRange(data.slice(1)) },
-  { key: "clip_fraction", title: "Clip fraction", rows: 20, y: (data) => yRange(data.slice(1), 0) },
-  { key: "approx_kl", title: "KL", rows: 20, y: (data) => yRange(data.slice(1), 0) },
+  { key: "clip_fraction", title: "Clip fraction", rows: 15, y: (data) => yRange(data.slice(1), 0) },
+  { key: "approx_kl", title: "KL", rows: 15, y: (data) => yRange(data.slice(1), 0) },
 ];
 
 function make(tag, name, parent, text = "") {
@@ -59,6 +59,7 @@ export class View {
     const told = make("div", "progress", row);
     const line = make("div", "progress-line", told);
     this.iteration = make("span", "iteration", line);
+    this.iteration.title = "Iterations done, and in all";
     this.left = make("span", "left", line);
     this.bar = make("div", "bar-done", make("div", "bar", told));
     this.stop = make("button", "stop", row, "Stop After This Iteration");
@@ -123,9 +124,9 @@ export class View {
   updateProgress(run) {
     const active = run.state === "running" || run.state === "stopping";
     const total = Math.max(run.iterations || 0, run.iteration || 0);
-    write(this.iteration, `Iteration ${run.iteration} / ${total || "?"}`);
+    write(this.iteration, `${run.iteration} / ${total || "?"}`);
     const left = duration(run.seconds_left);
-    write(this.left, run.state === "stopping" ? "ends with this iteration" : active && left ? `${left} left` : "");
+    write(this.left, run.state === "running" && left ? `${left} left` : "");
     this.bar.style.width = `${total ? (100 * run.iteration) / total : 0}%`;
     this.stop.hidden = !active;
     this.stop.disabled = run.state !== "running";
@@ -170,7 +171,7 @@ export class View {
     const at = there ? index : this.columns.iteration.length - 1;
     for (const { chart, readout, key, spread } of this.charts) {
       chart.mark(this.marked);
-      const value = figure(this.columns[key][at]) + (spread ? ` ± ${figure(this.columns[spread][at])}` : "");
+      const value = figure(this.columns[key][at]) + (spread ? ` ± ${figure(this.columns[spread][at], 2)}` : "");
       write(readout, at < 0 ? "" : there && spread ? `iteration ${this.columns.iteration[at]}:  ${value}` : value);
     }
   }
