@@ -1,9 +1,11 @@
 """The executor against small node classes: what ComfyUI does with the same graph is what is expected here."""
 
 import asyncio
+import contextlib
 import gc
 import subprocess
 import sys
+import threading
 import weakref
 from pathlib import Path
 
@@ -234,6 +236,54 @@ def test_async_nodes_also_where_a_loop_is_running(host):
 
     assert execute(graph, REGISTRY, [], [("d", 0)]) == {("d", 0): [2, 4, 6]}
     assert asyncio.run(inside()) == {("d", 0): [2, 4, 6]}
+
+
+class _Mode(threading.local):
+    """Like torch's modes: it holds in the thread that entered it, and in no other."""
+
+    entered = False
+
+
+_mode = _Mode()
+
+
+@contextlib.contextmanager
+def _entered(node_class):
+    _mode.entered = True
+    yield
+    _mode.entered = False
+
+
+async def _async_where(x):
+    return (_mode.entered,)
+
+
+def _where(x):
+    return (_mode.entered,)
+
+
+@pytest.mark.parametrize("function", [_where, _async_where])
+def test_a_node_is_called_around_in_its_own_thread(host, monkeypatch, function):
+    node({"x": None})(function)
+    monkeypatch.setattr(host, "around", _entered)
+    graph = prompt(w=(function.__name__, {"x": 1}))
+
+    async def inside():
+        return execute(graph, REGISTRY, [], [("w", 0)])
+
+    assert execute(graph, REGISTRY, [], [("w", 0)]) == asyncio.run(inside()) == {("w", 0): [True]}
+    assert not _mode.entered
+
+
+def test_out_of_memory_says_what_to_lower(host):
+    @node()
+    def Allocate():
+        import torch
+
+        raise torch.OutOfMemoryError("Tried to allocate 20.00 GiB.\nMany lines follow.")
+
+    with pytest.raises(RunError, match='^node a "My a" .Allocate.: out of memory; lower Loop Start.s "micro_batch" first .+$'):
+        execute(prompt(a=("Allocate", {})), REGISTRY, [], [("a", 0)])
 
 
 def test_blocked_values_pass_on_silently_or_say_once(host):
