@@ -20,6 +20,10 @@ from .files import Refused, read_object
 
 _KINDS = ("checkpoints", "diffusers", "diffusion_models", "loras", "reward_models")  # model folders that our nodes read
 
+# the worker tells what torch finds; the page takes the first of the list without looking whether there is one
+_NOT_YET = {"name": "known after the first run", "type": "cpu", "index": 0, "vram_total": 0, "vram_free": 0, "torch_vram_total": 0,
+            "torch_vram_free": 0}
+
 
 def add(routes: web.RouteTableDef, editor: Editor) -> None:
     host = editor.host
@@ -46,7 +50,7 @@ def add(routes: web.RouteTableDef, editor: Editor) -> None:
         system = {"os": sys.platform, "ram_total": total, "ram_free": free, "comfyui_version": f"comfy-dancegrpo {__version__}",
                   "python_version": platform.python_version(), "pytorch_version": _version("torch"), "embedded_python": False, "argv": [],
                   "required_frontend_version": _version("comfyui_frontend_package")}
-        return web.json_response({"system": system, "devices": editor.jobs.devices})
+        return web.json_response({"system": system, "devices": editor.jobs.devices or [_NOT_YET]})
 
     @routes.get("/global_subgraphs")
     @routes.get("/node_replacements")
