@@ -211,8 +211,8 @@ export class View {
   }
 
   fitTiles() {
-    const count = this.tiles.childElementCount;
-    if (count) this.tiles.style.setProperty("--tile", `${tileWidth(this.tiles.clientWidth, this.tiles.clientHeight, count, 15, 6)}px`);
+    const count = this.tiles.childElementCount; // and the box may be up to half a pixel narrower than it says
+    if (count) this.tiles.style.setProperty("--tile", `${tileWidth(this.tiles.clientWidth - 1, this.tiles.clientHeight, count, 15, 6)}px`);
   }
 
   /** Light or dark, by the colour of the text that the page gives the panel. */
