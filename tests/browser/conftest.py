@@ -84,7 +84,7 @@ class EditorPage:
         return self.page.evaluate("""() => {
             const panel = document.querySelector('.dancegrpo-panel');
             const name = (e) => e.className + ' ' + e.textContent.slice(0, 30);
-            const parts = [...panel.querySelectorAll('select, button, span, img, .uplot')].filter((e) => e.offsetParent && !e.closest('.dancegrpo-tiles span'));
+            const parts = [...panel.querySelectorAll('select, button, span, img, .uplot')].filter((e) => e.offsetParent && !e.closest('.dancegrpo-tiles'));
             const boxes = parts.map((e) => e.getBoundingClientRect()), whole = panel.getBoundingClientRect(), found = [];
             parts.forEach((e, i) => {
                 const a = boxes[i];

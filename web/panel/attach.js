@@ -3,7 +3,7 @@ import { isNode } from "./format.js";
 import { View } from "./view.js";
 import { Watch, server } from "./watch.js";
 
-const LEAST = { width: 300, height: 410 }; // of the panel; the node adds its margins, its title and its slots
+const LEAST = { width: 300, height: 440 }; // of the panel; the node adds its margins, its title and its slots
 const USUAL = [420, 660]; // of a new node
 const ENDS = ["execution_success", "execution_error", "execution_interrupted"]; // Evaluate writes its figures after the run
 const START = "DanceGRPOLoopStart";
