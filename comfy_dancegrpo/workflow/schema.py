@@ -109,6 +109,12 @@ def object_info(registry: dict[str, type], display_names: Mapping[str, str] = {}
     return {name: _node_info(name, cls, display_names.get(name, name)) for name, cls in registry.items()}
 
 
+def _python_module(cls: type) -> str:
+    """By it the editor finds a pack's help pages; ComfyUI itself notes it on the classes of packs that it loads."""
+    package = cls.__module__.partition(".")[0]
+    return package if package == "nodes" else f"custom_nodes.{package}"
+
+
 def _node_info(name: str, cls: type, display_name: str) -> dict[str, Any]:
     if hasattr(cls, "GET_NODE_INFO_V1"):  # ComfyUI's newer node API writes its own entry
         return cls.GET_NODE_INFO_V1()
@@ -124,7 +130,7 @@ def _node_info(name: str, cls: type, display_name: str) -> dict[str, Any]:
         "name": name,
         "display_name": display_name,
         "description": getattr(cls, "DESCRIPTION", ""),
-        "python_module": getattr(cls, "RELATIVE_PYTHON_MODULE", f"custom_nodes.{cls.__module__.partition('.')[0]}"),
+        "python_module": getattr(cls, "RELATIVE_PYTHON_MODULE", _python_module(cls)),
         "category": getattr(cls, "CATEGORY", "sd"),
         "output_node": getattr(cls, "OUTPUT_NODE", False) is True,
         "search_aliases": list(getattr(cls, "SEARCH_ALIASES", [])),

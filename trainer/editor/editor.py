@@ -31,6 +31,8 @@ class Editor:
     def __init__(self, options: Options, opened: tuple[str, SavedWorkflow] | None = None, **jobs: Any):
         self.opened = opened
         self.host, self.nodes = make_host(options, ProgramHost)
+        if self.nodes.lent:
+            self.host.input_folder.mkdir(parents=True, exist_ok=True)  # ComfyUI's own nodes take it for granted
         self.output = options.output
         self.user = options.output / "user"
         self.previews = Path(tempfile.mkdtemp(prefix="dancegrpo-"))

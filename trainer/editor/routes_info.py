@@ -14,6 +14,7 @@ from typing import Any
 from aiohttp import web
 
 from comfy_dancegrpo import __version__
+from comfy_dancegrpo.workflow.schema import object_info
 
 from .editor import Editor
 from .files import Refused, read_object
@@ -28,11 +29,23 @@ _NOT_YET = {"name": "known after the first run", "type": "cpu", "index": 0, "vra
 def add(routes: web.RouteTableDef, editor: Editor) -> None:
     host = editor.host
 
+    def read_nodes() -> tuple[str, list[str]]:
+        found, left_out = {}, []
+        for name, cls in editor.nodes.registry.items():
+            try:
+                found.update(object_info({name: cls}, editor.nodes.display_names))
+            except Exception as error:  # noqa: BLE001 - as in ComfyUI, a node of another pack that cannot tell its inputs is left out
+                left_out.append(f"node {name} cannot be shown: {type(error).__name__}: {error}")
+        return json.dumps(found, default=str), left_out
+
     async def node_table() -> dict[str, Any]:
-        return json.loads(await asyncio.to_thread(lambda: json.dumps(editor.nodes.object_info(), default=str)))
+        table, left_out = await asyncio.to_thread(read_nodes)
+        for line in left_out:
+            editor.log.say(line)
+        return json.loads(table)
 
     @routes.get("/object_info")
-    async def object_info(request: web.Request) -> web.Response:
+    async def every_node(request: web.Request) -> web.Response:
         return web.json_response(await node_table())
 
     @routes.get("/object_info/{name}")
