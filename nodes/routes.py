@@ -53,7 +53,9 @@ def add_routes(routes: web.RouteTableDef, output_folder: Callable[[], Path], act
             raise web.HTTPNotFound(text="no such picture")
         try:
             data = await asyncio.to_thread((path / "live" / file).read_bytes)
-        except OSError:  # the next iteration has taken its place
+        except OSError:
+            if await asyncio.to_thread((path / "live").is_dir):  # the next iteration has taken its place: no fault, so none in the console
+                return web.Response(status=204)
             raise web.HTTPNotFound(text="no such picture") from None
         return web.Response(body=data, content_type="image/jpeg", headers={"Cache-Control": "no-cache", "X-Content-Type-Options": "nosniff"})
 

@@ -10,7 +10,7 @@ test("times", () => {
 });
 
 test("figures", () => {
-  assert.deepEqual([0.712345, 12.3456, -0.5, 0, 43210, 6.56e-9, -2e6, null, NaN].map(f.figure),
+  assert.deepEqual([0.712345, 12.3456, -0.5, 0, 43210, 6.56e-9, -2e6, null, NaN].map((v) => f.figure(v)),
     ["0.7123", "12.35", "−0.5", "0", "43210", "6.6e-9", "−2.0e6", "–", "–"]);
   assert.equal(f.figure(0.02261, 2), "0.023");
   assert.deepEqual([1.2, -0.851, 0, null].map((v) => f.signed(v)), ["+1.20", "−0.85", "0.00", "–"]);
