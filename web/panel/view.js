@@ -177,7 +177,8 @@ export class View {
   }
 
   /** All pictures of a group appear at once, when the browser has them; until then the former group stays. */
-  async updateGroup({ name, group }) {
+  async updateGroup(run) {
+    const { name, group } = run;
     this.group.hidden = !group?.samples?.length;
     const key = groupKey(name, group);
     if (this.group.hidden || key === this.shownKey || key === this.loadingKey) return;
@@ -190,9 +191,11 @@ export class View {
     const loaded = await Promise.all(pictures.map((picture) => picture.decode().then(() => true, () => false)));
     if (this.loadingKey !== key) return; // a later group has come
     this.loadingKey = "";
-    if (loaded.includes(false) && this.failedKey !== key) { // the next iteration has replaced them: ask what is there now
+    const moves = run.state === "running" || run.state === "stopping";
+    if (loaded.includes(false) && (moves || this.failedKey !== key)) { // the next iteration has replaced them: ask what is there now
+      const again = this.failedKey === key;
       this.failedKey = key;
-      this.actions.refresh();
+      if (!again) this.actions.refresh(); // once at once, then with what comes next
       return;
     }
     this.shownKey = key;
