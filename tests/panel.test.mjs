@@ -55,12 +55,12 @@ test("an evaluation's figures", () => {
 test("pictures fill their box, and scroll where they would be too small", () => {
   const gap = 6, below = 15;
   for (const [width, height, count] of [[360, 200, 8], [360, 400, 4], [700, 300, 12], [360, 300, 1]]) {
-    const tile = f.tileWidth(width, height, count, below, gap, 20, 1000);
-    const columns = Math.floor((width + gap) / (tile + gap));
+    const [tile, columns] = f.tiling(width, height, count, below, gap, 20, 1000);
     const rows = Math.ceil(count / columns);
-    assert.ok(rows * (tile + below) + (rows - 1) * gap <= height && columns * tile <= width);
+    assert.ok(tile > 50 && rows * (tile + below) + (rows - 1) * gap <= height && columns * tile + (columns - 1) * gap <= width);
   }
-  assert.equal(f.tileWidth(360, 100, 32, below, gap, 68), 68);
+  assert.deepEqual(f.tiling(408, 260, 4, below, gap), [97, 4]); // one row, though two of two were a little larger
+  assert.deepEqual(f.tiling(360, 100, 32, below, gap, 68), [68, 4]);
 });
 
 /** Timers that move when they are told to. */

@@ -88,14 +88,18 @@ export function evaluation(found) {
            sure: half ? (low > 0 ? 1 : high < 0 ? -1 : 0) : 0 };
 }
 
-/** Width of square pictures, so that `count` of them with `below` px of caption fill a box; at least `least`, then it scrolls. */
-export function tileWidth(width, height, count, below, gap, least = 78, most = 256) {
-  let best = 0;
-  for (let columns = 1; columns <= count; columns++) {
+/**
+ * [width, columns] of square pictures, so that `count` of them with `below` px of caption fill a box; where they would be smaller
+ * than `least`, they scroll. More columns are better than pictures that are only a little larger.
+ */
+export function tiling(width, height, count, below, gap, least = 78, most = 256) {
+  let [best, chosen] = [0, 1];
+  for (let columns = count; columns >= 1; columns--) {
     const rows = Math.ceil(count / columns);
-    best = Math.max(best, Math.min((width - gap * (columns - 1)) / columns, (height - gap * (rows - 1)) / rows - below));
+    const size = Math.min((width - gap * (columns - 1)) / columns, (height - gap * (rows - 1)) / rows - below, most);
+    if (size > best * 1.2) [best, chosen] = [size, columns];
   }
-  return Math.floor(Math.max(least, Math.min(best, most)));
+  return best >= least ? [Math.floor(best), chosen] : [least, Math.max(1, Math.floor((width + gap) / (least + gap)))];
 }
 
 /** What a group's pictures are told apart by. */

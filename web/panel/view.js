@@ -1,6 +1,6 @@
 // The panel's page: built once, and from then on only what has changed is touched. Data goes in as text, never as HTML.
 import { Chart } from "./charts.js";
-import { band, duration, evaluation, figure, groupKey, runLabel, signed, tileWidth, xRange, yRange } from "./format.js";
+import { band, duration, evaluation, figure, groupKey, runLabel, signed, tiling, xRange, yRange } from "./format.js";
 
 const STATES = ["running", "stopping", "stopped", "finished"];
 const CURVES = [
@@ -215,7 +215,10 @@ export class View {
 
   fitTiles() {
     const count = this.tiles.childElementCount; // and the box may be up to half a pixel narrower than it says
-    if (count) this.tiles.style.setProperty("--tile", `${tileWidth(this.tiles.clientWidth - 1, this.tiles.clientHeight, count, 15, 6)}px`);
+    if (!count) return;
+    const [size, columns] = tiling(this.tiles.clientWidth - 1, this.tiles.clientHeight, count, 15, 6);
+    this.tiles.style.setProperty("--tile", `${size}px`);
+    this.tiles.style.setProperty("--columns", columns);
   }
 
   /** Light or dark, by the colour of the text that the page gives the panel. */
