@@ -38,7 +38,7 @@ class ComfyHost(host.Host):
         self.active_run: dict[str, Any] | None = None
         self._runs: dict[str, Path] = {}  # the last run of each Loop End
         self._running_node: str | None = None
-        self._previews: dict[str, list[list[Path]]] = {}
+        self._previews = host.Previews()
         self._patchers: weakref.WeakKeyDictionary[Any, PolicyPatcher] = weakref.WeakKeyDictionary()
         for kind in ("diffusers", "reward_models"):
             if kind not in folder_paths.folder_names_and_paths:
@@ -104,7 +104,7 @@ class ComfyHost(host.Host):
 
     def node_output(self, node_id: str, ui: dict[str, Any]) -> None:
         self._send("executed", {"node": node_id, "display_node": node_id, "output": ui})
-        self._forget_previews(node_id, ui)
+        self._previews.shown(Path(folder_paths.get_temp_directory()), node_id, ui)
 
     def progress(self, value: float, total: float, text: str = "") -> None:
         """Of iterations (with text) on the node that ComfyUI executes, Loop End; of micro-batches on the body's node that runs."""
@@ -155,15 +155,6 @@ class ComfyHost(host.Host):
     def _tell(self, state: str) -> None:
         """To every page, not only to the one that queued: it may have been reloaded since."""
         PromptServer.instance.send_sync("dancegrpo.run", {**(self.active_run or {}), "state": state})
-
-    def _forget_previews(self, node_id: str, ui: dict[str, Any]) -> None:
-        """Deletes what a preview in the body wrote two iterations ago: ComfyUI empties its temp folder only at its start."""
-        temp = Path(folder_paths.get_temp_directory())
-        made = [temp / i.get("subfolder", "") / i["filename"] for i in ui.get("images", ()) if isinstance(i, dict) and i.get("type") == "temp"]
-        former = self._previews.setdefault(node_id, [])
-        former.append(made)
-        for path in former.pop(0) if len(former) > 2 else ():
-            path.unlink(missing_ok=True)
 
     @staticmethod
     def _send(event: str, data: dict[str, Any]) -> None:

@@ -22,6 +22,21 @@ def inside(folder: Path, name: str) -> Path | None:
     return folder / name
 
 
+class Previews:
+    """The preview pictures that output nodes wrote to a folder: a loop would fill it, and hosts empty theirs only at their start."""
+
+    def __init__(self) -> None:
+        self._made: dict[str, list[list[Path]]] = {}
+
+    def shown(self, folder: Path, node_id: str, ui: dict[str, Any]) -> None:
+        """Deletes what the node wrote two outputs ago; a page may still fetch the one before."""
+        images = [i for i in ui.get("images") or () if isinstance(i, dict) and i.get("type") == "temp"]
+        former = self._made.setdefault(node_id, [])
+        former.append([folder / i.get("subfolder", "") / i["filename"] for i in images])
+        for path in former.pop(0) if len(former) > 2 else ():
+            path.unlink(missing_ok=True)
+
+
 class Host:
     """A silent host with folders under the working directory; programs subclass it.
 

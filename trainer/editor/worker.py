@@ -21,7 +21,7 @@ from typing import Any
 
 from comfy_dancegrpo.errors import Interrupted
 from comfy_dancegrpo.workflow.execute import execute
-from comfy_dancegrpo.workflow.host import use
+from comfy_dancegrpo.workflow.host import Previews, use
 from comfy_dancegrpo.workflow.problems import node_label
 
 from ..hosts import ProgramHost
@@ -124,7 +124,7 @@ class WorkerHost(ProgramHost):
         self.run_folder = None
         self._node = self._loop = None
         self._states: dict[str, dict[str, Any]] = {}
-        self._previews: dict[str, list[list[Path]]] = {}
+        self._previews = Previews()
         self._told = 0.0
 
     # -- interrupts, from another thread ------------------------------------------------------------------------------
@@ -161,7 +161,7 @@ class WorkerHost(ProgramHost):
     def node_output(self, node_id: str, ui: dict[str, Any]) -> None:
         ui = json.loads(json.dumps(ui, default=str))
         self.tell("executed", {"node": node_id, "display_node": node_id, "output": ui})
-        self._forget_previews(node_id, ui)
+        self._previews.shown(self.preview_folder, node_id, ui)
 
     def progress(self, value: float, total: float, text: str = "") -> None:
         """Of iterations (with text) on Loop End, of micro-batches on the node that runs."""
@@ -203,15 +203,6 @@ class WorkerHost(ProgramHost):
     def _tell_states(self) -> None:
         self.tell("progress_state", {"nodes": {node_id: {**state, "node_id": node_id, "display_node_id": node_id, "parent_node_id": None,
                                                          "real_node_id": node_id} for node_id, state in self._states.items()}})
-
-    def _forget_previews(self, node_id: str, ui: dict[str, Any]) -> None:
-        """Deletes what a preview in the body wrote two iterations ago: the page may still fetch the one before."""
-        images = ui.get("images") or []
-        made = [self.preview_folder / i.get("subfolder", "") / i["filename"] for i in images if isinstance(i, dict) and i.get("type") == "temp"]
-        former = self._previews.setdefault(node_id, [])
-        former.append(made)
-        for path in former.pop(0) if len(former) > 2 else ():
-            path.unlink(missing_ok=True)
 
 
 def _devices() -> list[dict[str, Any]]:
