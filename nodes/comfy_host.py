@@ -138,13 +138,15 @@ class ComfyHost(host.Host):
         self._tell(state)
         self.active_run = None
 
-    def finished_run(self, node_id: str) -> str | None:
+    def must_run(self, node_id: str) -> bool:
         folder = self._runs.get(node_id)
         again = any(node["inputs"].get("on_existing") == "restart" for node in self.prompt.values())
-        if folder is None or again or RunFolder(folder).record.get("state") != "finished":
-            return None
+        if folder is None:
+            return False  # nothing is cached yet, and this value must be that of a finished run
+        if again or RunFolder(folder).record.get("state") != "finished":
+            return True
         self.say(f"run {folder.name!r} in {folder} is finished; unless its nodes have changed, nothing is trained")
-        return str(folder)
+        return False
 
     # -- the page ---------------------------------------------------------------------------------------------------
     def _leave_node(self) -> None:

@@ -75,7 +75,7 @@ class LoopEnd:
     @classmethod
     def IS_CHANGED(cls, unique_id, **inputs):
         """ComfyUI would skip an unchanged Loop End in silence: only one whose run is finished, and then it is said."""
-        return host().finished_run(unique_id) or float("nan")
+        return float("nan") if host().must_run(unique_id) else ""
 
     @classmethod
     def INPUT_TYPES(cls):

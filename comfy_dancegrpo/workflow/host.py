@@ -116,9 +116,9 @@ class Host:
     def run_ended(self, folder: Path, state: str) -> None:
         """A run is "finished" or "stopped"; its folder is as it will stay."""
 
-    def finished_run(self, node_id: str) -> str | None:
-        """For a host that caches: the last run of this Loop End where it is finished and would not be trained again, else None."""
-        return None
+    def must_run(self, node_id: str) -> bool:
+        """For a host that caches: whether this Loop End, though unchanged, has something to do (its last run was stopped, or starts over)."""
+        return True
 
     def around(self, node_class: type) -> contextlib.AbstractContextManager:
         """What a node of this class is called under: classes that ComfyUI lends expect `torch.inference_mode()`."""

@@ -9,8 +9,9 @@ import torch
 
 root, *words = sys.argv[1:]
 library = torch.library.Library("torchvision", "FRAGMENT")
-with contextlib.suppress(RuntimeError):  # torchvision's own library is there, and has defined it
-    library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+for name in ("nms", "qnms"):
+    with contextlib.suppress(RuntimeError):  # torchvision's own library is there, and has defined it
+        library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 os.chdir(root)
 sys.path.insert(0, root)
 sys.argv = ["main.py", *words]
