@@ -101,7 +101,7 @@ class EditorPage:
         self.page.screenshot(path=self.shots / f"{name}.png")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # while playwright is open an event loop runs in this thread, and other tests could start none
 def browser():
     sync_api = pytest.importorskip("playwright.sync_api")
     if CHROMIUM is None:
