@@ -81,7 +81,9 @@ class Worker:
             self._on_event(name, data)
 
 
-def _reason(exitcode: int) -> str:
+def _reason(exitcode: int | None) -> str:
+    if exitcode is None:  # another thread, which closes the editor, was told the status in this one's place
+        return "the training process ended"
     if exitcode >= 0:
         return f"the training process ended with status {exitcode}"
     try:
