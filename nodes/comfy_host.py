@@ -18,7 +18,6 @@ import comfy.model_patcher
 import folder_paths
 import nodes as comfy_nodes
 import torch
-from comfy_dancegrpo import processes
 from comfy_dancegrpo.errors import RunError
 from comfy_dancegrpo.runs.folder import RunFolder
 from comfy_dancegrpo.workflow import host

@@ -115,6 +115,11 @@ class Scores:
     columns: tuple[tuple[str, float, Tensor], ...]
     seconds: float = 0.0
 
+    @property
+    def total(self) -> Tensor:
+        """[N] float32: the weighted sum of the raw scores, as people are shown it; training normalises each reward first."""
+        return sum(weight * values for _, weight, values in self.columns)
+
 
 @dataclass(frozen=True)
 class Advantages:

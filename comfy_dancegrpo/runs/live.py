@@ -29,7 +29,7 @@ def write(folder: RunFolder, iteration: int, iterations: int, seconds_left: floa
     from .pictures import to_image
 
     scores = stats.advantages.scores
-    rollout, total = scores.rollout, sum(weight * values for _, weight, values in scores.columns)
+    rollout, total = scores.rollout, scores.total
     first = [i for i, group in enumerate(rollout.groups.tolist()) if group == 0]
     ranked = sorted(first, key=lambda i: -stats.advantages.values[i].item())[:SAMPLES]
     folder.live.mkdir(parents=True, exist_ok=True)

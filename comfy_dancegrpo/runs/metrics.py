@@ -21,7 +21,7 @@ def row(iteration: int, stats: UpdateStats, learning_rate: float, total_seconds:
     """
     scores = stats.advantages.scores
     rollout = scores.rollout
-    total = sum(weight * values for _, weight, values in scores.columns)
+    total = scores.total
     group_std = sum(total[rollout.groups == g].std().item() for g in range(len(stats.advantages.flat)))
     return {
         "iteration": iteration,

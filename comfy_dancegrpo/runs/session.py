@@ -20,7 +20,7 @@ from ..policies.base import Policy
 from ..prompts import PromptList
 from ..workflow.host import host
 from . import checkpoints, live, metrics
-from .folder import RunFolder, choose
+from .folder import choose
 
 
 @dataclass(frozen=True)
