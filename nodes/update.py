@@ -23,7 +23,7 @@ class Update:
             "advantages": wires.socket(wires.ADVANTAGES, "From Advantage."),
             "clip_range": wires.number(1e-4, 1e-8, 1.0, "How far the probability ratio may move before it earns nothing more.", 1e-5),
             "train_fraction": wires.number(0.6, 0.01, 1.0, "Share of each picture's steps that is trained, drawn anew: 0.6 for flows, 1 for Stable Diffusion.", 0.05),
-            "optimizer_steps": wires.integer(1, 1, 1024, "For each rollout, each on its own share of the samples."),
+            "optimizer_steps": wires.integer(1, 1, 1024, "For each rollout, each on its own share of the trained steps."),
             "max_grad_norm": wires.number(1.0, 1e-6, 1e6, "The gradient is scaled down to this norm.", 0.1),
         }}
 

@@ -29,7 +29,7 @@ class NotFinite(ArithmeticError):
 @dataclass(frozen=True)
 class UpdateSettings:
     """clip_range: c of the objective. train_fraction: share of the trainable transitions that is trained, drawn anew for
-    each sample. optimizer_steps: per rollout, each on its own share of the samples. max_grad_norm: of the whole gradient."""
+    each sample. optimizer_steps: per rollout, each on its own share of the transitions. max_grad_norm: of the whole gradient."""
 
     clip_range: float = 1e-4
     train_fraction: float = 0.6
@@ -62,11 +62,14 @@ def chosen_transitions(rollout: Rollout, sample: int, fraction: float) -> list[i
 
 
 def shares(rollout: Rollout, flat: Tensor, settings: UpdateSettings) -> list[list[tuple[int, int]]]:
-    """(sample, step) pairs of each optimizer step; samples of flat groups are left out, and steps left empty by that."""
+    """(sample, step) pairs of each optimizer step; samples of flat groups are left out, and steps left empty by that.
+
+    The shares are equal to within one pair, so that no step pays for a micro-batch of padding that its neighbour could fill.
+    """
     order = torch.randperm(rollout.size, generator=generator("order", rollout.seed, rollout.iteration)).tolist()
-    kept = [n for n in order if not flat[rollout.groups[n]]]
-    parts = min(settings.optimizer_steps, len(kept))
-    return [[(n, t) for n in kept[k::parts] for t in chosen_transitions(rollout, n, settings.train_fraction)] for k in range(parts)]
+    pairs = [(n, t) for n in order if not flat[rollout.groups[n]] for t in chosen_transitions(rollout, n, settings.train_fraction)]
+    parts = min(settings.optimizer_steps, len(pairs))
+    return [pairs[k * len(pairs) // parts:(k + 1) * len(pairs) // parts] for k in range(parts)]
 
 
 def update(learner: Learner, advantages: Advantages, settings: UpdateSettings,

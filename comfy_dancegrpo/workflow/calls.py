@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextvars
 import dataclasses
 import inspect
@@ -64,6 +63,8 @@ def invoke(function: Callable, calls: list[Call], around: Callable[[], AbstractC
 
 
 async def _gather(function: Callable, calls: list[Call]) -> list[Any]:
+    import asyncio  # half of the pack's import time, for nodes that few graphs have
+
     running = [asyncio.ensure_future(function(**call)) for call in calls if not is_blocked(call)]
     results = iter(await asyncio.gather(*running))
     return [call if is_blocked(call) else next(results) for call in calls]
@@ -71,6 +72,8 @@ async def _gather(function: Callable, calls: list[Call]) -> list[Any]:
 
 def _run_coroutine(coroutine: Any, around: Callable[[], AbstractContextManager]) -> Any:
     """Runs a coroutine to its end, from a thread of its own where a loop already runs in this one (inside ComfyUI)."""
+    import asyncio
+
     try:
         asyncio.get_running_loop()
     except RuntimeError:
