@@ -1,7 +1,9 @@
 // The panel's pure functions and its watch of the server; run by test_panel.py.
 import assert from "node:assert/strict";
+import { readFileSync, readdirSync } from "node:fs";
 import { test } from "node:test";
 import * as f from "./panel/format.js";
+import { TEXTS, texts } from "./panel/text.js";
 import { Watch } from "./panel/watch.js";
 
 test("times", () => {
@@ -140,8 +142,16 @@ test("a page that is loaded in mid-run shows that run", () =>
   watched(stub([A, B], { run: "b", node: "10" }), "a", async (watch) => {
     assert.equal(watch.shown, "b");
     assert.equal(watch.run, B);
-    assert.equal(watch.elsewhere, false);
+    assert.equal(watch.note, null);
   }));
+
+test("what is said below a run that this server does not train", async () => {
+  const note = (run) => watched(stub([run]), run.name, async (watch) => assert.deepEqual(watch.note, run.note));
+  await note({ ...B, note: { key: "elsewhere" } });
+  await note({ name: "c", state: "interrupted", kept: 40, note: { key: "cut_off", kept: 40 } });
+  await note({ name: "c", state: "interrupted", kept: 0, note: { key: "cut_off_at_once", kept: 0 } });
+  await note({ ...A, note: null });
+});
 
 test("the user's choice stays through this run's events, until the next run begins", () => {
   const ask = stub([A, B, { name: "c", state: "running" }], { run: "b", node: "10" });
@@ -192,12 +202,12 @@ test("a server that is gone is told, and found again", () => {
     ask.gone = true;
     watch.refresh();
     await timers.to(3000);
-    assert.match(watch.error, /does not answer/);
+    assert.deepEqual(watch.note, { key: "silent" });
     assert.equal(watch.run, B); // what was known stays
     ask.gone = false;
     watch.poll();
     await timers.to(6000);
-    assert.equal(watch.error, "");
+    assert.equal(watch.note, null);
   });
 });
 
@@ -211,11 +221,58 @@ test("stop asks the server, and shows it at once", () => {
 });
 
 test("nothing to show, and a run that cannot be read", async () => {
-  await watched(stub([]), "a", async (watch) => assert.deepEqual([watch.ready, watch.shown, watch.run, watch.error], [true, null, null, ""]));
+  await watched(stub([]), "a", async (watch) => assert.deepEqual([watch.ready, watch.shown, watch.run, watch.error], [true, null, null, null]));
   const ask = stub([A]);
   ask.run = async () => { throw Object.assign(new Error("no run 'a'"), { status: 404 }); };
   await watched(ask, "a", async (watch) => {
     assert.equal(watch.run, null);
-    assert.match(watch.error, /404: no run 'a'/);
+    assert.deepEqual(watch.note, { key: "answers", status: 404, message: "no run 'a'" });
   });
+});
+
+// -- words ------------------------------------------------------------------------------------------------------------
+test("every language says the same, with the same values", () => {
+  const places = (text) => (text.match(/\{\w+\}/g) ?? []).sort();
+  for (const [language, words] of Object.entries(TEXTS)) {
+    assert.deepEqual(Object.keys(words), Object.keys(TEXTS.en), language);
+    for (const [key, text] of Object.entries(words)) {
+      assert.ok(text.trim(), `${language}.${key}`);
+      assert.deepEqual(places(text), places(TEXTS.en[key]), `${language}.${key}`);
+    }
+  }
+  for (const [key, text] of Object.entries(TEXTS.zh)) assert.match(text, /[\u4e00-\u9fff\uff00-\uffef]/, key);
+});
+
+test("a language is taken by its name, and English for others", () => {
+  assert.equal(texts("zh")("left", { time: "1:05" }), "剩余 1:05");
+  for (const other of ["en", "fr", undefined]) assert.equal(texts(other)("left", { time: "1:05" }), "1:05 left");
+  const run = { name: "a {count}", state: "running", iteration: 2 };
+  assert.equal(f.runLabel(run, texts("en")), "a {count} (running, 2 iterations)"); // what a value holds is no place
+  assert.equal(f.runLabel({ ...run, iteration: 1 }, texts("en")), "a {count} (running, 1 iteration)");
+  assert.equal(f.runLabel({ name: "b", state: "else", iteration: 0 }, texts("zh")), "b（未知）");
+});
+
+/** The string literals of a script, a template's code left out. */
+function literals(source) {
+  const found = [];
+  const plain = source.replace(/\/\*[^]*?\*\//g, "").replace(/(^|\s)\/\/.*$/gm, "");
+  for (const [, quoted, template] of plain.matchAll(/"((?:[^"\\\n]|\\.)*)"|`((?:[^`\\]|\\.)*)`/g)) found.push(quoted ?? template.replace(/\$\{[^}]*\}/g, ""));
+  return found;
+}
+
+const ENGLISH = /^[A-Z][a-z]+( |$|…)|[a-z]{2,} [a-z]{2,}|…/; // a capitalised word, or two words beside each other
+const CODE = [/^10px system-ui/, /^Content-/, /^DanceGRPO/, /^Comfy\./];
+
+test("no words are written outside of text.js", () => {
+  const said = ["Reward", "Open a run…", "The server does not answer; trying again.", "iteration then value", "Iterations done"];
+  for (const words of said) assert.match(words, ENGLISH); // the net holds what was there once
+  const scripts = readdirSync("panel").filter((name) => name.endsWith(".js") && name !== "text.js");
+  assert.ok(scripts.length >= 5);
+  for (const name of scripts) {
+    const source = readFileSync(`panel/${name}`, "utf8");
+    const found = literals(source);
+    assert.ok(found.length, name);
+    assert.deepEqual(found.filter((text) => ENGLISH.test(text) && !CODE.some((code) => code.test(text))), [], name);
+    for (const [, key] of source.matchAll(/\btext\("(\w+)"/g)) assert.ok(key in TEXTS.en, key);
+  }
 });

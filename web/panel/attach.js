@@ -1,5 +1,6 @@
 // Puts the panel on a Loop End node, as a DOM widget that is never saved with the graph.
 import { isNode } from "./format.js";
+import { texts } from "./text.js";
 import { View } from "./view.js";
 import { Watch, server } from "./watch.js";
 
@@ -7,6 +8,7 @@ const LEAST = { width: 300, height: 440 }; // of the panel; the node adds its ma
 const USUAL = [420, 660]; // of a new node
 const ENDS = ["execution_success", "execution_error", "execution_interrupted"]; // Evaluate writes its figures after the run
 const START = "DanceGRPOLoopStart";
+const LANGUAGE = "Comfy.Locale"; // the frontend's setting
 
 export function attach(node, app, api) {
   styles();
@@ -23,7 +25,7 @@ export function attach(node, app, api) {
     refresh: () => watch.refresh(),
     // a restarted run uses its names again: the score makes another address of another picture
     pictureURL: (run, { file, score }) => api.apiURL(`/dancegrpo/runs/${encodeURIComponent(run)}/live/${encodeURIComponent(file)}?score=${score}`),
-  });
+  }, texts(app.extensionManager?.setting?.get(LANGUAGE)));
   const widget = node.addDOMWidget("live_panel", "dancegrpo_panel", view.root, { serialize: false, hideOnZoom: false, getMinHeight: () => LEAST.height });
   widget.serialize = false; // options.serialize keeps it out of the prompt, this out of the saved graph
   widget.computeLayoutSize = () => ({ minHeight: LEAST.height, minWidth: LEAST.width });
@@ -36,12 +38,14 @@ export function attach(node, app, api) {
     ...Object.fromEntries(ENDS.map((name) => [name, () => watch.refreshAll()])),
   };
   const visible = () => document.hidden || watch.refreshAll();
+  const spoken = (event) => view.translate(texts(event.detail.value), watch);
   let listening = false;
   const listen = (on) => {
     if (on === listening) return;
     listening = on;
     for (const [name, heard] of Object.entries(events)) on ? api.addEventListener(name, heard) : api.removeEventListener(name, heard);
     on ? document.addEventListener("visibilitychange", visible) : document.removeEventListener("visibilitychange", visible);
+    on ? app.ui.settings.addEventListener(`${LANGUAGE}.change`, spoken) : app.ui.settings.removeEventListener(`${LANGUAGE}.change`, spoken);
     on ? watch.start() : watch.end();
   };
   after(node, "onAdded", () => listen(true));

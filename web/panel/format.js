@@ -74,10 +74,17 @@ export function chooseRun(active, runs, isMine, runName) {
   return runs.find((run) => runName && isOf(run.name, runName))?.name ?? null;
 }
 
-/** One line in the list of runs. */
-export function runLabel(run) {
-  const done = run.iteration ? `, ${run.iteration} iteration${run.iteration === 1 ? "" : "s"}` : "";
-  return `${run.name} (${run.state}${done})`;
+export const STATES = ["running", "stopping", "stopped", "finished", "interrupted"];
+
+/** One of `STATES`, or "unknown". */
+export function stateOf(state) {
+  return STATES.includes(state) ? state : "unknown";
+}
+
+/** One line in the list of runs, in the words of `text`. */
+export function runLabel(run, text) {
+  const key = run.iteration ? (run.iteration === 1 ? "run_line_one" : "run_line_many") : "run_line";
+  return text(key, { name: run.name, state: text(`state_${stateOf(run.state)}`), count: run.iteration });
 }
 
 /** An evaluation's figures as text: before, after, and the gain with half the width of its 95 % interval. */

@@ -1,12 +1,11 @@
 // The panel's page: built once, and from then on only what has changed is touched. Data goes in as text, never as HTML.
 import { Chart } from "./charts.js";
-import { band, duration, evaluation, figure, groupKey, runLabel, signed, tiling, xRange, yRange } from "./format.js";
+import { band, duration, evaluation, figure, groupKey, runLabel, signed, stateOf, tiling, xRange, yRange } from "./format.js";
 
-const STATES = ["running", "stopping", "stopped", "finished"];
 const CURVES = [
-  { key: "reward_mean", spread: "reward_std", title: "Reward", rows: 28, y: (data) => yRange(data.slice(1)) },
-  { key: "clip_fraction", title: "Clip fraction", rows: 15, y: (data) => yRange(data.slice(1), 0) },
-  { key: "approx_kl", title: "KL", rows: 15, y: (data) => yRange(data.slice(1), 0) },
+  { key: "reward_mean", spread: "reward_std", title: "reward", rows: 28, y: (data) => yRange(data.slice(1)) },
+  { key: "clip_fraction", title: "clip_fraction", rows: 15, y: (data) => yRange(data.slice(1), 0) },
+  { key: "approx_kl", title: "kl", rows: 15, y: (data) => yRange(data.slice(1), 0) },
 ];
 
 function make(tag, name, parent, text = "") {
@@ -23,14 +22,14 @@ function write(element, text) {
 }
 
 export class View {
-  /** actions: choose(name), stop(), opened() (the list is about to open), pictureURL(run, sample). */
-  constructor(actions) {
-    this.actions = actions;
+  /** actions: choose(name), stop(), opened() (the list is about to open), pictureURL(run, sample). text: of `texts`. */
+  constructor(actions, text) {
+    [this.actions, this.text, this.fixed] = [actions, text, []];
     this.root = make("div", "panel");
     const head = make("div", "row", this.root);
     this.select = make("select", "select", head);
-    this.select.title = "Runs in the output folder";
-    this.select.setAttribute("aria-label", "Run");
+    this.say(this.select, "runs", "title");
+    this.say(this.select, "run", "ariaLabel");
     this.select.addEventListener("pointerdown", () => actions.opened());
     this.select.addEventListener("change", () => actions.choose(this.select.value));
     this.state = make("span", "state", head);
@@ -40,9 +39,8 @@ export class View {
     this.makeCharts();
     this.makeGroup();
     this.empty = make("div", "empty", this.root);
-    make("p", "empty-title", this.empty, "No run to show yet");
-    make("p", "empty-text", this.empty, "Press Run: the reward curve, the last group's pictures with their scores, and the time left appear here while it trains. "
-      + "Runs that are on disk can be opened above.");
+    this.say(make("p", "empty-title", this.empty), "empty_title");
+    this.say(make("p", "empty-text", this.empty), "empty_text");
     this.note = make("div", "note", this.root);
     this.note.setAttribute("role", "status");
     this.options = this.shownKey = this.failedKey = "";
@@ -54,15 +52,30 @@ export class View {
     this.theme();
   }
 
+  /** Gives an element a text that stays, in whatever language. */
+  say(element, key, property = "textContent") {
+    this.fixed.push([element, key, property]);
+    element[property] = this.text(key);
+  }
+
+  /** Another language. */
+  translate(text, watch) {
+    this.text = text;
+    for (const [element, key, property] of this.fixed) element[property] = text(key);
+    this.options = this.shownKey = this.evaluations.dataset.key = "";
+    this.update(watch);
+    this.mark(this.marked ?? null);
+  }
+
   makeProgress() {
     const row = make("div", "row", this.body);
     const told = make("div", "progress", row);
     const line = make("div", "progress-line", told);
     this.iteration = make("span", "iteration", line);
-    this.iteration.title = "Iterations done, and in all";
+    this.say(this.iteration, "iterations", "title");
     this.left = make("span", "left", line);
     this.bar = make("div", "bar-done", make("div", "bar", told));
-    this.stop = make("button", "stop", row, "Stop After This Iteration");
+    this.stop = make("button", "stop", row, this.text("stop"));
     this.stop.type = "button";
     this.stop.addEventListener("click", () => this.actions.stop());
   }
@@ -73,7 +86,7 @@ export class View {
     this.charts = CURVES.map((curve, i) => {
       const figureBox = make("div", i ? "curve" : "curve-main", i ? small : this.body);
       const head = make("div", "curve-head", figureBox);
-      make("span", "curve-title", head, curve.title);
+      this.say(make("span", "curve-title", head), curve.title);
       const readout = make("span", "readout", head);
       const chart = new Chart(make("div", "plot", figureBox), { spread: !!curve.spread, yRange: curve.y, rows: curve.rows, colours, hover: (index) => this.mark(index) });
       return { ...curve, chart, readout };
@@ -95,12 +108,13 @@ export class View {
     this.body.hidden = !run;
     this.empty.hidden = !!run || !watch.ready || watch.shown !== null;
     this.state.hidden = !run;
-    write(this.note, watch.error || (watch.elsewhere ? "Not trained by this server: another program trains it, or it was cut off." : ""));
+    const { key, ...values } = watch.note ?? {};
+    write(this.note, key ? this.text(key, values) : "");
     this.note.classList.toggle("dancegrpo-error", !!watch.error);
     this.note.hidden = !this.note.textContent;
     if (!run) return;
-    write(this.state, run.state ?? "unknown");
-    this.state.dataset.state = STATES.includes(run.state) ? run.state : "unknown";
+    this.state.dataset.state = stateOf(run.state);
+    write(this.state, this.text(`state_${stateOf(run.state)}`));
     this.updateProgress(run);
     this.updateEvaluations(run.evaluations ?? {});
     this.updateCurves(run);
@@ -112,8 +126,8 @@ export class View {
     if (key === this.options) return;
     this.options = key;
     const option = (value, text) => Object.assign(document.createElement("option"), { value, textContent: text });
-    const options = runs.map((run) => option(run.name, runLabel(run)));
-    if (shown === null) options.unshift(option("", runs.length ? "Open a run…" : "No runs yet"));
+    const options = runs.map((run) => option(run.name, runLabel(run, this.text)));
+    if (shown === null) options.unshift(option("", this.text(runs.length ? "open" : "no_runs")));
     else if (!runs.some((run) => run.name === shown)) options.unshift(option(shown, shown));
     options[0].disabled = shown === null;
     this.select.replaceChildren(...options);
@@ -126,11 +140,11 @@ export class View {
     const total = Math.max(run.iterations || 0, run.iteration || 0);
     write(this.iteration, `${run.iteration} / ${total || "?"}`);
     const left = duration(run.seconds_left);
-    write(this.left, run.state === "running" && left ? `${left} left` : "");
+    write(this.left, run.state === "running" && left ? this.text("left", { time: left }) : "");
     this.bar.style.width = `${total ? (100 * run.iteration) / total : 0}%`;
     this.stop.hidden = !active;
     this.stop.disabled = run.state !== "running";
-    write(this.stop, run.state === "stopping" ? "Stopping…" : "Stop After This Iteration");
+    write(this.stop, this.text(run.state === "stopping" ? "stopping" : "stop"));
   }
 
   updateEvaluations(found) {
@@ -139,11 +153,11 @@ export class View {
     this.evaluations.dataset.key = key;
     const entries = Object.entries(found);
     this.evaluations.hidden = !entries.length;
-    const cells = ["Evaluation", "before", "after", "gain"].map((text) => make("span", "cell-head", null, text));
+    const cells = ["evaluation", "before", "after", "gain"].map((key) => make("span", "cell-head", null, this.text(key)));
     for (const [name, values] of entries) {
       const { before, after, gain, sure } = evaluation(values);
       const title = make("span", "cell-name", null, name);
-      title.title = `${name}, ${values.n} prompts; ± is the 95 % interval of the gain`;
+      title.title = this.text("evaluation_tip", { name, count: values.n });
       const last = make("span", "cell", null, gain);
       last.dataset.sign = sure;
       cells.push(title, make("span", "cell", null, before), make("span", "cell", null, after), last);
@@ -172,7 +186,7 @@ export class View {
     for (const { chart, readout, key, spread } of this.charts) {
       chart.mark(this.marked);
       const value = figure(this.columns[key][at]) + (spread ? ` ± ${figure(this.columns[spread][at], 2)}` : "");
-      write(readout, at < 0 ? "" : there && spread ? `iteration ${this.columns.iteration[at]}:  ${value}` : value);
+      write(readout, at < 0 ? "" : there && spread ? this.text("at_iteration", { iteration: this.columns.iteration[at], value }) : value);
     }
   }
 
@@ -204,7 +218,7 @@ export class View {
     write(this.reward, group.reward ?? "");
     this.tiles.replaceChildren(...group.samples.map((sample, i) => {
       const tile = make("div", "tile");
-      tile.title = `score ${figure(sample.score)}, advantage ${signed(sample.advantage, 3)}`;
+      tile.title = this.text("sample_tip", { score: figure(sample.score), advantage: signed(sample.advantage, 3) });
       tile.append(pictures[i]);
       make("span", "score", tile, figure(sample.score));
       make("span", "advantage", tile, signed(sample.advantage)).dataset.sign = Math.sign(sample.advantage);

@@ -3,6 +3,7 @@ import { chooseRun, paced } from "./format.js";
 
 const INTERVAL = 500; // ms between two requests, at least
 const POLL = 5000; // ms; a run of another program sends this page no events
+const SILENT = { key: "silent" };
 
 /** The server's answers. `fetchApi(path, options)` is ComfyUI's own. Raises an Error with `status` for an answer that is none. */
 export function server(fetchApi) {
@@ -21,10 +22,11 @@ export function server(fetchApi) {
 export class Watch {
   /**
    * ask: of `server`. isMine(node): whether a run's node is the panel's. runName(): of the linked Loop Start, or undefined.
-   * changed(this) is called after everything new: `runs`, `active`, `shown` (a name or null), `run` (its state or null), `error`.
+   * changed(this) is called after everything new: `runs`, `active`, `shown` (a name or null), `run` (its state or null), and
+   * `error`, null or the key and the values of a text.
    */
   constructor(ask, isMine, runName, changed, timers) {
-    Object.assign(this, { ask, isMine, runName, changed, runs: [], active: null, shown: null, run: null, error: "", ready: false });
+    Object.assign(this, { ask, isMine, runName, changed, runs: [], active: null, shown: null, run: null, error: null, ready: false });
     this.chosen = false; // by the user, until this node's next run begins
     this.listWanted = true;
     this.training = null; // the run that this node trains
@@ -59,7 +61,7 @@ export class Watch {
       if (this.listWanted) await this.updateList();
       else if (this.shown !== null) await this.updateRun(this.shown);
     } catch (error) {
-      this.error = error.status ? `The server answers ${error.status}: ${error.message}` : "The server does not answer; trying again.";
+      this.error = error.status ? { key: "answers", status: error.status, message: error.message } : SILENT;
     }
     this.changed(this);
   }
@@ -72,7 +74,7 @@ export class Watch {
       this.listWanted = true;
       throw error;
     }
-    [this.ready, this.error] = [true, ""];
+    [this.ready, this.error] = [true, null];
     this.training = this.active && this.isMine(this.active.node) ? this.active.run : null;
     const there = this.runs.some((run) => run.name === this.shown);
     if (!there) this.chosen = false;
@@ -84,7 +86,7 @@ export class Watch {
   async updateRun(name) {
     try {
       const run = await this.ask.run(name);
-      if (name === this.shown) [this.run, this.error] = [run, ""];
+      if (name === this.shown) [this.run, this.error] = [run, null];
       else this.refresh(); // another was chosen meanwhile
     } catch (error) {
       if (error.status === 404 && name === this.shown) this.run = null;
@@ -126,14 +128,18 @@ export class Watch {
       await this.ask.stop(this.shown);
       if (this.run) this.run = { ...this.run, state: "stopping" };
     } catch (error) {
-      if (!error.status) this.error = "The server does not answer; trying again."; // 404, 409: it has ended already
+      if (!error.status) this.error = SILENT; // 404, 409: it has ended already
     }
     this.changed(this);
     this.refresh();
   }
 
-  /** Whether the shown run says that it runs, and this server does not train it. */
-  get elsewhere() {
-    return this.run?.state === "running" && this.active?.run !== this.run.name;
+  /** What is to be said below the shown run: null, or the key and the values of a text. */
+  get note() {
+    const { run } = this;
+    if (this.error) return this.error;
+    if (run?.state === "running" && this.active?.run !== run.name) return { key: "elsewhere" };
+    if (run?.state === "interrupted") return { key: run.kept ? "cut_off" : "cut_off_at_once", kept: run.kept };
+    return null;
   }
 }
