@@ -39,18 +39,19 @@ class Evaluate:
 
     def evaluate(self, policy, lora, prompts, reward, steps, shift, guidance_scale, width, height, noise_seed, samples_per_prompt,
                  batch_size, grid_columns, grid_rows, reward_2=None, reward_3=None):
-        from comfy_dancegrpo.grpo.protocol import SamplingPlan
+        from comfy_dancegrpo.grpo.protocol import SamplingPlan, Size
         from comfy_dancegrpo.runs import evaluate, pictures
         from comfy_dancegrpo.runs.folder import RunFolder
 
         if seen := len(set(prompts.prompts) & set(lora.prompts)):
             host().say(f"Evaluate: {seen} of its {len(prompts.prompts)} prompts were trained on; its figures flatter the LoRA")
         rewards = [r for r in (reward, reward_2, reward_3) if r is not None]
+        size = Size(height, width)
         try:
-            policy.latent_shape(height, width)
+            policy.latent_shape(size)
         except ValueError as error:
             raise RunError(f'inputs "width" and "height": {error}') from None
-        plan = SamplingPlan(policy.time_grid(steps, shift, height, width), evaluate.NOISELESS[policy.process], 0.0, guidance_scale, height, width)
+        plan = SamplingPlan(policy.time_grid(steps, shift, size), evaluate.NOISELESS[policy.process], 0.0, guidance_scale, size)
         host().load(policy)
         found = evaluate.evaluate(policy, lora, prompts.prompts, rewards, plan, noise_seed, batch_size, samples_per_prompt)
         folder = RunFolder(lora.folder)

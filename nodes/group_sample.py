@@ -35,7 +35,7 @@ class GroupSample:
         }}
 
     def sample(self, policy, prompts, group_size, steps, transition, eta, shift, guidance_scale, width, height, initial_noise):
-        from comfy_dancegrpo.grpo.protocol import SamplingPlan
+        from comfy_dancegrpo.grpo.protocol import SamplingPlan, Size
         from comfy_dancegrpo.grpo.rollout import Request, sample
 
         family, settings = policy.policy, policy.settings
@@ -46,11 +46,12 @@ class GroupSample:
         if TRANSITIONS[transition].process != family.process:
             fitting = [t.name for t in TRANSITIONS.values() if t.process == family.process and t.stochastic]
             raise RunError(f'input "transition": found {transition!r}, accepted for this policy ({family.process}): {", ".join(map(repr, fitting))}')
+        size = Size(height, width)
         try:
-            shape = family.latent_shape(height, width)
+            shape = family.latent_shape(size)
         except ValueError as error:
             raise RunError(f'inputs "width" and "height": {error}') from None
-        plan = SamplingPlan(family.time_grid(steps, shift, height, width), transition, eta, guidance_scale, height, width)
+        plan = SamplingPlan(family.time_grid(steps, shift, size), transition, eta, guidance_scale, size)
         request = Request(prompts.prompts, group_size, shape, settings.seed, policy.iteration, initial_noise == "shared", settings.micro_batch)
 
         def tick(done: int, total: int) -> None:
@@ -58,5 +59,5 @@ class GroupSample:
             host().progress(done, total)
 
         host().load(family)
-        rollout = sample(family, request, policy.encode(prompts.prompts), plan, policy.learner.version, tick=tick)
+        rollout = sample(family, request, policy.encode(prompts.prompts, size), plan, policy.learner.version, tick=tick)
         return rollout, rollout.pictures

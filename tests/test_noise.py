@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from comfy_dancegrpo.grpo.noise import generator
-from comfy_dancegrpo.grpo.protocol import Conditioning, SamplingPlan, TimeGrid
+from comfy_dancegrpo.grpo.protocol import Conditioning, SamplingPlan, Size, TimeGrid
 from comfy_dancegrpo.grpo.rollout import Request, initial_noise, sample
 from comfy_dancegrpo.runs.session import prompts_of
 
@@ -28,7 +28,7 @@ class Still:
 
 def roll(request, eta=0.5, **more):
     levels = torch.linspace(1, 0, 5)
-    plan = SamplingPlan(TimeGrid(levels, levels[:-1] * 1000), eta=eta, height=1, width=1)
+    plan = SamplingPlan(TimeGrid(levels, levels[:-1] * 1000), eta=eta, size=Size(1, 1))
     return sample(Still(), request, Conditioning({"c": torch.zeros(len(request.prompts), 1)}), plan, ("noise", 0), **more)
 
 

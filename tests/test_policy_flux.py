@@ -25,7 +25,7 @@ from comfy_dancegrpo.embedded import POLICY
 from comfy_dancegrpo.grpo.advantages import combine
 from comfy_dancegrpo.grpo.learner import Learner, OptimizerSettings
 from comfy_dancegrpo.grpo.noise import generator
-from comfy_dancegrpo.grpo.protocol import SamplingPlan, Scores
+from comfy_dancegrpo.grpo.protocol import SamplingPlan, Scores, Size
 from comfy_dancegrpo.grpo.rollout import Request, initial_noise, sample
 from comfy_dancegrpo.grpo.update import UpdateSettings, update
 from comfy_dancegrpo.lora import files
@@ -35,6 +35,7 @@ from comfy_dancegrpo.workflow.host import Host, use
 
 PROMPTS = ("a large red circle in the center on a white background", "a small blue star at the top left on a black background")
 STEPS = 3
+SIZE = Size(64, 64)
 LORA = LoraSettings(rank=4, alpha=10.0, targets="all linear layers")
 
 pytestmark = pytest.mark.skipif(not (POLICY / "model_index.json").is_file(), reason="the embedded policy is not in this checkout")
@@ -46,12 +47,13 @@ def policy():
 
 
 def request_of(policy, height=64, width=64, group_size=2, micro_batch=4):
-    return Request(PROMPTS, group_size, policy.latent_shape(height, width), seed=1, iteration=0, shared_noise=False, micro_batch=micro_batch)
+    return Request(PROMPTS, group_size, policy.latent_shape(Size(height, width)), seed=1, iteration=0, shared_noise=False, micro_batch=micro_batch)
 
 
 def roll(policy, shift=0.0, height=64, width=64, transition="ode", eta=0.0, guidance=3.5, version=("run", 0), steps=STEPS, **more):
-    plan = SamplingPlan(policy.time_grid(steps, shift, height, width), transition, eta, guidance, height, width)
-    return sample(policy, request_of(policy, height, width, **more), encode(policy, PROMPTS, {}), plan, version)
+    size = Size(height, width)
+    plan = SamplingPlan(policy.time_grid(steps, shift, size), transition, eta, guidance, size)
+    return sample(policy, request_of(policy, height, width, **more), encode(policy, PROMPTS, size, {}), plan, version)
 
 
 def pipeline_pictures(pipeline, policy, height=64, width=64, guidance=3.5):
@@ -64,10 +66,10 @@ def pipeline_pictures(pipeline, policy, height=64, width=64, guidance=3.5):
 
 def predict(policy):
     """One denoiser call, to compare before and after."""
-    plan = SamplingPlan(policy.time_grid(STEPS, 0.0, 64, 64), height=64, width=64)
-    latents = torch.randn(2, *policy.latent_shape(64, 64), generator=generator("predict"))
+    plan = SamplingPlan(policy.time_grid(STEPS, 0.0, SIZE), size=SIZE)
+    latents = torch.randn(2, *policy.latent_shape(SIZE), generator=generator("predict"))
     with torch.no_grad():
-        return policy.predict(latents, plan.grid.timesteps[1].expand(2), encode(policy, PROMPTS, {}), plan)
+        return policy.predict(latents, plan.grid.timesteps[1].expand(2), encode(policy, PROMPTS, SIZE, {}), plan)
 
 
 def random_tensors(adapter, key):
@@ -75,7 +77,7 @@ def random_tensors(adapter, key):
 
 
 def snapshot_of(policy, tensors, settings=LORA):
-    return LoraSnapshot(tensors, settings, policy.name, policy.lora_prefix, 7, False, Path("run"))
+    return LoraSnapshot(tensors, settings, policy.name, policy.lora_layout, 7, False, Path("run"))
 
 
 @pytest.fixture(scope="module")
@@ -115,16 +117,16 @@ def test_with_dynamic_shifting_and_guidance(tmp_path):
         theirs = pipeline_pictures(pipeline, policy, height, width, guidance)
         ours = roll(policy, height=height, width=width, guidance=guidance).pictures.numpy()
         assert ours.shape == (4, height, width, 3) and np.abs(theirs - ours).max() < 1e-5
-        np.testing.assert_array_equal(policy.time_grid(STEPS, 0.0, height, width).levels, pipeline.scheduler.sigmas)
+        np.testing.assert_array_equal(policy.time_grid(STEPS, 0.0, Size(height, width)).levels, pipeline.scheduler.sigmas)
     assert np.abs(theirs - roll(policy, guidance=1.0).pictures.numpy()).max() > 1e-4  # and guidance matters
-    flat = policy.time_grid(STEPS, 2.0, 64, 64).levels.double().numpy()  # a shift that is given replaces the dynamic one
+    flat = policy.time_grid(STEPS, 2.0, SIZE).levels.double().numpy()  # a shift that is given replaces the dynamic one
     t = np.linspace(1, 0, STEPS + 1)
     np.testing.assert_allclose(flat, 2 * t / (1 + t), atol=1e-6)
 
 
 def test_a_size_that_the_latents_cannot_have(policy):
     with pytest.raises(ValueError, match="found 60x64 pixels, accepted: multiples of 8"):
-        policy.latent_shape(64, 60)
+        policy.latent_shape(Size(64, 60))
 
 
 # -- ratio one --------------------------------------------------------------------------------------------------------------------

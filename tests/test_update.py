@@ -13,7 +13,7 @@ import torch
 
 from comfy_dancegrpo.grpo.advantages import combine
 from comfy_dancegrpo.grpo.learner import Learner, OptimizerSettings
-from comfy_dancegrpo.grpo.protocol import Conditioning, SamplingPlan, Scores, TimeGrid
+from comfy_dancegrpo.grpo.protocol import Conditioning, SamplingPlan, Scores, Size, TimeGrid
 from comfy_dancegrpo.grpo.rollout import Request, sample
 from comfy_dancegrpo.grpo.update import NotFinite, StaleRollout, UpdateSettings, chosen_transitions, shares, update
 
@@ -63,7 +63,7 @@ def flat(tensors):
 
 def rollout_of(learner, iteration=0, micro_batch=7, dtype=torch.float64, eta=ETA):
     levels = torch.linspace(1, 0, STEPS + 1, dtype=dtype)
-    plan = SamplingPlan(TimeGrid(levels, levels[:-1] * 1000), eta=eta, height=1, width=3)
+    plan = SamplingPlan(TimeGrid(levels, levels[:-1] * 1000), eta=eta, size=Size(1, 3))
     words = torch.randn(PROMPTS, WORDS, generator=torch.Generator().manual_seed(9), dtype=torch.float64).to(dtype)
     request = Request(tuple("abc"), GROUP, (LATENT,), seed=4, iteration=iteration, micro_batch=micro_batch)
     return sample(learner.policy, request, Conditioning({"words": words}), plan, learner.version)

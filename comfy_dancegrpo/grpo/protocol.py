@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -9,15 +10,54 @@ import torch
 from torch import Tensor
 
 
+NEGATIVE = "negative."
+
+
+@dataclass(frozen=True)
+class Size:
+    """Of a sample, in pixels. frames: 1 for a picture."""
+
+    height: int
+    width: int
+    frames: int = 1
+
+    def __str__(self) -> str:
+        return f"{self.width}x{self.height}" + (f" pixels in {self.frames} frames" if self.frames > 1 else " pixels")
+
+
 @dataclass(frozen=True)
 class Conditioning:
-    """Encoded prompts: each tensor is [P, ...], one row a prompt."""
+    """Encoded prompts: each tensor is [P, ...], one row a prompt.
+
+    Those whose names begin with "negative." are what classifier-free guidance leads away from.
+    """
 
     tensors: dict[str, Tensor]
+
+    @classmethod
+    def join(cls, parts: Sequence[Conditioning]) -> Conditioning:
+        """The rows of all parts in order. Where they differ in length (their second dimension), short ones end in zeros."""
+        return cls({name: _stacked([part.tensors[name] for part in parts]) for name in parts[0].tensors})
+
+    @property
+    def positive(self) -> dict[str, Tensor]:
+        return {name: value for name, value in self.tensors.items() if not name.startswith(NEGATIVE)}
+
+    @property
+    def negative(self) -> dict[str, Tensor]:
+        """Without the "negative." of their names."""
+        return {name.removeprefix(NEGATIVE): value for name, value in self.tensors.items() if name.startswith(NEGATIVE)}
 
     def rows(self, index: Tensor) -> Conditioning:
         """The rows of `index` [B] int64, in that order."""
         return Conditioning({name: value[index] for name, value in self.tensors.items()})
+
+
+def _stacked(rows: list[Tensor]) -> Tensor:
+    if rows[0].ndim < 2 or len({row.shape[1] for row in rows}) == 1:
+        return torch.cat(rows)
+    length = max(row.shape[1] for row in rows)
+    return torch.cat([torch.cat([row, row.new_zeros(len(row), length - row.shape[1], *row.shape[2:])], 1) for row in rows])
 
 
 @dataclass(frozen=True)
@@ -46,7 +86,7 @@ class Denoiser(Protocol):
         """One denoiser call. latents [B, ...] float32, timesteps [B], conditioning with B rows; returns [B, ...] float32."""
 
     def decode(self, latents: Tensor, plan: SamplingPlan) -> Tensor:
-        """Pictures [B, plan.height, plan.width, 3] float32 in 0..1 from latents [B, ...]."""
+        """Pictures [B, H, W, 3], or with more frames than one videos [B, F, H, W, 3], float32 in 0..1, from latents [B, ...]."""
 
 
 @dataclass
@@ -73,8 +113,7 @@ class SamplingPlan:
     transition: str = "dance_sde"
     eta: float = 0.3
     guidance_scale: float = 3.5
-    height: int = 512
-    width: int = 512
+    size: Size = Size(512, 512)
 
 
 @dataclass(frozen=True)
@@ -83,7 +122,7 @@ class Rollout:
 
     prompts: N texts. groups: [N] int64, the group (prompt slot) of each sample. indices: [N] int64, its place in the group.
     conditioning: P rows. states: [N, T, ...] float32, the latents before each step. log_probs: [N, T - 1] float32, of the
-    transitions that may be trained (all but the last). pictures: [N, H, W, 3] float32, 0..1, on the CPU.
+    transitions that may be trained (all but the last). pictures: [N, H, W, 3] (videos [N, F, H, W, 3]) float32, 0..1, on the CPU.
     version: of the policy that it was sampled from. iteration: from 0.
     """
 

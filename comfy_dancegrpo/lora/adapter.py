@@ -33,14 +33,14 @@ class LoraSnapshot:
     """An adapter's weights at one moment; never changed afterwards.
 
     tensors: `<module>.lora_A.weight` [r, in] and `<module>.lora_B.weight` [out, r], float32 on the CPU, alpha not folded in.
-    iterations: trained so far. averaged: whether they are the moving average. folder: of the run that made them.
+    layout: of its file (`lora.layouts`). iterations: trained so far. averaged: whether they are the moving average. folder: of the run that made them.
     prompts: that it was trained on.
     """
 
     tensors: dict[str, Tensor] = field(repr=False)
     settings: LoraSettings
     policy: str
-    prefix: str
+    layout: str
     iterations: int
     averaged: bool
     folder: Path

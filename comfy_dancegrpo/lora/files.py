@@ -10,18 +10,17 @@ from torch import Tensor
 from ..atomic import replacing
 from ..workflow.host import host
 from .adapter import LoraSnapshot
+from .layouts import layout
 
 
 def tensors(snapshot: LoraSnapshot) -> dict[str, Tensor]:
-    """The file's content: `<prefix><module>.lora_A.weight` and `…lora_B.weight`, float32.
+    """The file's content in the names of the snapshot's layout, float32.
 
     alpha / rank is folded into lora_B and no alpha key is written: loaders differ in how they read one, and none is read as 1.
     """
     scale = snapshot.settings.alpha / snapshot.settings.rank
-    return {
-        snapshot.prefix + name: (value * scale if ".lora_B." in name else value).contiguous()
-        for name, value in snapshot.tensors.items()
-    }
+    folded = {name: value * scale if ".lora_B." in name else value for name, value in snapshot.tensors.items()}
+    return {name: value.contiguous() for name, value in layout(snapshot.layout).to_file(folded).items()}
 
 
 def save(snapshot: LoraSnapshot, path: Path, metadata: dict[str, str] | None = None) -> None:

@@ -6,25 +6,29 @@ import abc
 from pathlib import Path
 
 import diffusers
+import numpy as np
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
 from .. import processes
-from ..grpo.protocol import Conditioning, SamplingPlan, TimeGrid
+from ..grpo.protocol import NEGATIVE, Conditioning, SamplingPlan, Size, TimeGrid
 from ..workflow.host import host
 
 _DTYPE_ARGUMENT = "dtype" if tuple(map(int, diffusers.__version__.split(".")[:2])) >= (0, 40) else "torch_dtype"
 
 
 class Policy(abc.ABC):
-    """A loaded base model, its weights frozen.
+    """A loaded base model, its weights frozen. A family implements `encode`, `latent_shape`, `denoise` and `decode`.
 
-    name: as the workflow names it. denoiser: the module that is trained through. lora_prefix: put before the denoiser's
-    module names in a saved LoRA. lora_targets: choices of modules that take a LoRA, by name, as regular expressions.
+    name: as the workflow names it. process: "flow" or "diffusion". classifier_free: whether guidance is a second call without
+    the prompt (and not an input of the model). lora_targets: choices of modules that take a LoRA, by name, as regular
+    expressions. lora_layout: the key names of its LoRA files, one of `lora.layouts`.
     """
 
     process = "flow"
-    lora_prefix = "transformer."
+    classifier_free = False
+    lora_layout = "diffusers"
     lora_targets: dict[str, str]
     pipeline_class: type
 
@@ -54,28 +58,95 @@ class Policy(abc.ABC):
 
     @property
     def denoiser(self) -> torch.nn.Module:
+        """The module that is trained through, or the first of them."""
         return self.pipeline.transformer
+
+    @property
+    def denoisers(self) -> dict[str, torch.nn.Module]:
+        """Every module that is trained through, by what is put before its parameters' names."""
+        return {"": self.denoiser}
 
     @property
     def device(self) -> torch.device:
         return next(self.denoiser.parameters()).device
 
+    # -- prompts ----------------------------------------------------------------------------------------------------
     @abc.abstractmethod
-    def encode(self, prompts: list[str]) -> Conditioning:
-        """Conditioning with one row a prompt."""
+    def encode(self, prompts: list[str], size: Size) -> dict[str, Tensor]:
+        """What the denoiser needs of each prompt: tensors [P, ...]; those of texts of varying length have it in dimension 1.
 
-    @abc.abstractmethod
-    def time_grid(self, steps: int, shift: float, height: int, width: int) -> TimeGrid:
-        """From the family's own scheduler; shift 0 keeps what its configuration says."""
+        A prompt may be a `prompts.Prompt` with a reference picture.
+        """
 
+    def encode_negative(self, prompts: list[str], size: Size) -> dict[str, Tensor]:
+        """The same for the side that guidance leads away from: an empty prompt, beside the same reference picture."""
+        return self.encode([prompt.with_text("") if hasattr(prompt, "with_text") else "" for prompt in prompts], size)
+
+    def condition(self, prompts: list[str], size: Size) -> Conditioning:
+        """Both sides of guidance for each prompt, one row a prompt."""
+        tensors = self.encode(prompts, size)
+        if self.classifier_free:
+            tensors = {**tensors, **{NEGATIVE + name: value for name, value in self.encode_negative(prompts, size).items()}}
+        return Conditioning(tensors)
+
+    # -- the time grid ----------------------------------------------------------------------------------------------
+    def time_grid(self, steps: int, shift: float, size: Size) -> TimeGrid:
+        """Sigmas of `steps` steps. With a shift s, linspace(1, 0, T + 1) shifted by s t / (1 + (s - 1) t) (arXiv 2403.03206,
+        eq. 23); 0 takes the family's own scheduler as its configuration says."""
+        if shift:
+            scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
+            scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), device=self.device)
+        else:
+            scheduler = self.own_schedule(steps, size)
+        return TimeGrid(levels=scheduler.sigmas.to(self.device), timesteps=scheduler.timesteps.to(self.device))
+
+    def own_schedule(self, steps: int, size: Size):
+        """The family's scheduler, its timesteps set as its pipeline sets them."""
+        scheduler = type(self.pipeline.scheduler).from_config(self.pipeline.scheduler.config)
+        scheduler.set_timesteps(steps, device=self.device)
+        return scheduler
+
+    # -- pictures ---------------------------------------------------------------------------------------------------
     @abc.abstractmethod
-    def latent_shape(self, height: int, width: int) -> tuple[int, ...]:
+    def latent_shape(self, size: Size) -> tuple[int, ...]:
         """Of one sample. Raises `ValueError` when the family cannot make pictures of that size."""
 
     @abc.abstractmethod
+    def denoise(self, latents: Tensor, timesteps: Tensor, tensors: dict[str, Tensor], plan: SamplingPlan) -> Tensor:
+        """One call of the model on one side of guidance: latents [B, ...], timesteps [B], tensors with B rows; returns [B, ...].
+
+        The velocity noise - data of a flow, epsilon of a diffusion.
+        """
+
     def predict(self, latents: Tensor, timesteps: Tensor, conditioning: Conditioning, plan: SamplingPlan) -> Tensor:
-        """As `Denoiser.predict`."""
+        """As `Denoiser.predict`: with guidance where the family is guided by a second call and the scale is above 1."""
+        positive = self.denoise(latents, timesteps, conditioning.positive, plan)
+        if not self.guided(plan):
+            return positive.to(latents.dtype)
+        negative = self.denoise(latents, timesteps, conditioning.negative, plan)
+        return self.guide(positive, negative, plan.guidance_scale).to(latents.dtype)
+
+    def guided(self, plan: SamplingPlan) -> bool:
+        return self.classifier_free and plan.guidance_scale > 1
+
+    def guide(self, positive: Tensor, negative: Tensor, scale: float) -> Tensor:
+        """Classifier-free guidance (arXiv 2207.12598, in the form of diffusers: scale 1 is none)."""
+        return negative + scale * (positive - negative)
 
     @abc.abstractmethod
     def decode(self, latents: Tensor, plan: SamplingPlan) -> Tensor:
         """As `Denoiser.decode`."""
+
+
+def multiple_of(size: Size, pixels: int, frames: int = 1) -> None:
+    """Raises `ValueError` unless height and width are multiples of `pixels`, and frames one more than a multiple of `frames`."""
+    if size.height % pixels or size.width % pixels or (size.frames - 1) % frames:
+        more = f", {frames} n + 1 frames" if frames > 1 else ""
+        raise ValueError(f"found {size}, accepted: multiples of {pixels}{more}")
+
+
+def pictures(pixels: Tensor) -> Tensor:
+    """A VAE's output in -1..1, [B, 3, H, W] or [B, 3, F, H, W], as [B, H, W, 3] or, of more frames than one, [B, F, H, W, 3]
+    float32 in 0..1."""
+    shown = (pixels.float() / 2 + 0.5).clamp(0, 1).movedim(1, -1)
+    return shown[:, 0] if shown.ndim == 5 and shown.shape[1] == 1 else shown

@@ -8,8 +8,8 @@ from diffusers import FluxPipeline
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from torch import Tensor
 
-from ..grpo.protocol import Conditioning, SamplingPlan, TimeGrid
-from .base import Policy
+from ..grpo.protocol import SamplingPlan, Size
+from .base import Policy, multiple_of, pictures
 
 _MODULATION = r"(norm|norm1|norm1_context)\.linear"
 _BLOCKS = r"(transformer_blocks|single_transformer_blocks)\.\d+\."
@@ -26,48 +26,41 @@ class Flux(Policy):
         "modulation": f"{_BLOCKS}{_MODULATION}",
     }
 
-    def encode(self, prompts: list[str]) -> Conditioning:
+    def encode(self, prompts: list[str], size: Size) -> dict[str, Tensor]:
         # the T5 tokenizer knows the length that the model was trained on (512 for FLUX.1-dev, 16 for the embedded policy)
         length = min(self.pipeline.tokenizer_2.model_max_length, 512)
         embeds, pooled, text_ids = self.pipeline.encode_prompt(
             prompt=prompts, prompt_2=None, device=self.device, max_sequence_length=length)
-        return Conditioning({"embeds": embeds, "pooled": pooled, "text_ids": text_ids.expand(len(prompts), *text_ids.shape)})
+        return {"embeds": embeds, "pooled": pooled, "text_ids": text_ids.expand(len(prompts), *text_ids.shape)}
 
-    def time_grid(self, steps: int, shift: float, height: int, width: int) -> TimeGrid:
-        scheduler = type(self.pipeline.scheduler).from_config(
-            self.pipeline.scheduler.config, **({"shift": shift, "use_dynamic_shifting": False} if shift else {}))
+    def own_schedule(self, steps: int, size: Size):
+        scheduler = type(self.pipeline.scheduler).from_config(self.pipeline.scheduler.config)
         defaults = {"base_image_seq_len": 256, "max_image_seq_len": 4096, "base_shift": 0.5, "max_shift": 1.15}
-        mu = calculate_shift(self.latent_shape(height, width)[0], *(scheduler.config.get(k, v) for k, v in defaults.items()))
+        mu = calculate_shift(self.latent_shape(size)[0], *(scheduler.config.get(k, v) for k, v in defaults.items()))
         scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), mu=mu, device=self.device)
-        return TimeGrid(levels=scheduler.sigmas.to(self.device), timesteps=scheduler.timesteps)
+        return scheduler
 
-    def latent_shape(self, height: int, width: int) -> tuple[int, ...]:
-        rows, columns = self._patches(height, width)
-        return rows * columns, self.denoiser.config.in_channels
+    def latent_shape(self, size: Size) -> tuple[int, ...]:
+        rows, columns = self._patches(size)
+        return rows * columns, self.pipeline.vae.config.latent_channels * 4
 
-    def _patches(self, height: int, width: int) -> tuple[int, int]:
+    def _patches(self, size: Size) -> tuple[int, int]:
         """Rows and columns of 2x2 latent patches."""
         patch = self.pipeline.vae_scale_factor * 2
-        if height % patch or width % patch:
-            raise ValueError(f"found {width}x{height} pixels, accepted: multiples of {patch}")
-        return height // patch, width // patch
+        multiple_of(size, patch)
+        return size.height // patch, size.width // patch
 
-    def _image_ids(self, height: int, width: int) -> Tensor:
-        return self.pipeline._prepare_latent_image_ids(1, *self._patches(height, width), self.device, self.dtype)
-
-    def predict(self, latents: Tensor, timesteps: Tensor, conditioning: Conditioning, plan: SamplingPlan) -> Tensor:
-        tensors, batch = conditioning.tensors, len(latents)
+    def denoise(self, latents: Tensor, timesteps: Tensor, tensors: dict[str, Tensor], plan: SamplingPlan) -> Tensor:
         guidance = None
         if self.denoiser.config.guidance_embeds:
-            guidance = torch.full((batch,), plan.guidance_scale, device=latents.device, dtype=torch.float32)
+            guidance = torch.full((len(latents),), plan.guidance_scale, device=latents.device, dtype=torch.float32)
         return self.denoiser(
             hidden_states=latents.to(self.dtype), timestep=timesteps.to(self.dtype) / 1000, guidance=guidance,
             encoder_hidden_states=tensors["embeds"], pooled_projections=tensors["pooled"], txt_ids=tensors["text_ids"][0],
-            img_ids=self._image_ids(plan.height, plan.width), return_dict=False,
-        )[0].to(latents.dtype)
+            img_ids=self.pipeline._prepare_latent_image_ids(1, *self._patches(plan.size), self.device, self.dtype), return_dict=False,
+        )[0]
 
     def decode(self, latents: Tensor, plan: SamplingPlan) -> Tensor:
         vae = self.pipeline.vae
-        unpacked = self.pipeline._unpack_latents(latents.to(vae.dtype), plan.height, plan.width, self.pipeline.vae_scale_factor)
-        pixels = vae.decode(unpacked / vae.config.scaling_factor + vae.config.shift_factor, return_dict=False)[0]
-        return (pixels / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).float()
+        unpacked = self.pipeline._unpack_latents(latents.to(vae.dtype), plan.size.height, plan.size.width, self.pipeline.vae_scale_factor)
+        return pictures(vae.decode(unpacked / vae.config.scaling_factor + vae.config.shift_factor, return_dict=False)[0])

@@ -74,7 +74,7 @@ def evaluate(policy: Policy, snapshot: LoraSnapshot, prompts: tuple[str, ...], r
 
     The unit of the statistics is the prompt: more samples of each steady its mean, they are not counted as more evidence.
     """
-    shape = policy.latent_shape(plan.height, plan.width)
+    shape = policy.latent_shape(plan.size)
     request = Request(prompts, samples_per_prompt, shape, seed, iteration=-1, shared_noise=False, micro_batch=micro_batch)
     repeated = tuple(prompts[g] for g in request.groups.tolist())
 
@@ -88,7 +88,7 @@ def evaluate(policy: Policy, snapshot: LoraSnapshot, prompts: tuple[str, ...], r
         return reward(pictures, repeated).view(len(prompts), samples_per_prompt).mean(1)
 
     with torch.inference_mode(False):
-        conditioning = encode(policy, prompts, {})
+        conditioning = encode(policy, prompts, plan.size, {})
         with bare(policy):
             before = pictures(conditioning, 0)
         with applied(policy, snapshot):

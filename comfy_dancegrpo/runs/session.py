@@ -12,7 +12,7 @@ import torch
 from ..errors import RunError
 from ..grpo.learner import Learner, OptimizerSettings
 from ..grpo.noise import generator
-from ..grpo.protocol import Conditioning
+from ..grpo.protocol import Conditioning, Size
 from ..grpo.update import UpdateStats
 from ..lora import files
 from ..lora.adapter import Adapter, LoraSettings, LoraSnapshot
@@ -53,20 +53,21 @@ class LivePolicy:
     def __init__(self, policy: Policy, learner: Learner, settings: LoopSettings):
         self.policy, self.learner, self.settings = policy, learner, settings
         self.iteration = 0
-        self._encoded: dict[str, Conditioning] = {}
+        self._encoded: dict[tuple[str, Size], Conditioning] = {}
 
-    def encode(self, prompts: tuple[str, ...]) -> Conditioning:
-        return encode(self.policy, prompts, self._encoded)
+    def encode(self, prompts: tuple[str, ...], size: Size) -> Conditioning:
+        return encode(self.policy, prompts, size, self._encoded)
 
 
-def encode(policy: Policy, prompts: tuple[str, ...], cache: dict[str, Conditioning]) -> Conditioning:
+def encode(policy: Policy, prompts: tuple[str, ...], size: Size, cache: dict[tuple[str, Size], Conditioning]) -> Conditioning:
     """Each prompt alone, once: its encoding does not depend on which others came with it. The cache is kept on the CPU."""
     with torch.no_grad():
         for prompt in prompts:
-            if prompt not in cache:
-                cache[prompt] = Conditioning({name: value.cpu() for name, value in policy.encode([prompt]).tensors.items()})
-    rows = [cache[prompt].tensors for prompt in prompts]
-    return Conditioning({name: torch.cat([r[name] for r in rows]).to(policy.device) for name in rows[0]})
+            if (prompt, size) not in cache:
+                found = policy.condition([prompt], size).tensors
+                cache[prompt, size] = Conditioning({name: value.cpu() for name, value in found.items()})
+    joined = Conditioning.join([cache[prompt, size] for prompt in prompts])
+    return Conditioning({name: value.to(policy.device) for name, value in joined.tensors.items()})
 
 
 def prompts_of(iteration: int, prompts: tuple[str, ...], count: int, seed: int) -> tuple[str, ...]:
@@ -199,7 +200,7 @@ class Session:
         averaged = self.live.learner.ema is not None
         prefix = "ema." if averaged else "parameters."
         tensors = {name.removeprefix(prefix): value.float() for name, value in self._state.items() if name.startswith(prefix)}
-        return LoraSnapshot(tensors, self.settings.lora, self.policy.name, self.policy.lora_prefix, self._done, averaged,
+        return LoraSnapshot(tensors, self.settings.lora, self.policy.name, self.policy.lora_layout, self._done, averaged,
                             self.folder.path, self.prompts.prompts)
 
     def record(self) -> RunRecord:
