@@ -1,17 +1,72 @@
-"""Prompts: from a text, or from a .txt, .jsonl or .csv file."""
+"""Prompts: from a text, or from a .txt, .jsonl or .csv file; each with a reference picture where the task has one."""
 
 from __future__ import annotations
 
 import csv
 import io
 import json
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .errors import RunError
 from .workflow.host import host, inside
 
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
 SUFFIXES = (".txt", ".jsonl", ".csv")
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A reference picture (to be edited, or a video's first frame). name: for messages. key: tells contents apart."""
+
+    name: str
+    key: str
+    read: Callable[[], Image] = field(compare=False, repr=False)
+
+    @classmethod
+    def of_file(cls, path: Path) -> Reference:
+        def read() -> Image:
+            import PIL.Image
+
+            with PIL.Image.open(path) as image:
+                return image.convert("RGB")
+        status = path.stat()
+        return cls(str(path), f"{path.resolve()}:{status.st_size}:{status.st_mtime_ns}", read)
+
+    def image(self) -> Image:
+        """RGB. Raises `RunError` where it cannot be read."""
+        try:
+            return self.read()
+        except (OSError, ValueError, SyntaxError) as error:  # what Pillow raises of broken files
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise RunError(f"the reference picture {self.name} cannot be read: {reason}") from None
+
+
+class Prompt(str):
+    """A prompt's text, with its reference picture or None; two are equal when both are."""
+
+    picture: Reference | None
+
+    def __new__(cls, text: str, picture: Reference | None = None) -> Prompt:
+        prompt = super().__new__(cls, text)
+        prompt.picture = picture
+        return prompt
+
+    def with_text(self, text: str) -> Prompt:
+        return Prompt(text, self.picture)
+
+    def __eq__(self, other: object) -> bool:
+        return str.__eq__(self, other) and self.picture == getattr(other, "picture", None)
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    def __hash__(self) -> int:
+        return str.__hash__(self)
 
 
 @dataclass(frozen=True)
@@ -38,10 +93,12 @@ def find(name: str) -> Path:
     raise RunError(f'input "file": found {name!r}, which is in none of the folders searched ({", ".join(map(str, folders()))})')
 
 
-def read(name: str) -> list[str]:
+def read(name: str) -> list[Prompt]:
     """The prompts of a file: a line each (.txt), the "prompt" of each object (.jsonl), the column "prompt" (.csv).
 
-    Raises `RunError`, one line: the file is missing, not of these kinds, not UTF-8, malformed (with its line), or empty.
+    An "image" beside the prompt is the path of its reference picture, looked for beside the prompt file, then in the input folder.
+    Raises `RunError`, one line: the file is missing, not of these kinds, not UTF-8, malformed (with its line), or empty, or names
+    a picture that is not there.
     """
     path = find(name)
     if path.suffix.lower() not in SUFFIXES:
@@ -50,9 +107,9 @@ def read(name: str) -> list[str]:
         text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise RunError(f'input "file": {path} is not UTF-8 (byte {error.start})') from None
-    parse = {".txt": _lines, ".jsonl": _jsonl, ".csv": _csv}[path.suffix.lower()]
+    parse = {".txt": _txt, ".jsonl": _jsonl, ".csv": _csv}[path.suffix.lower()]
     try:
-        prompts = [p.strip() for p in parse(text) if p.strip()]
+        prompts = [Prompt(p.strip(), _reference(image, path.parent)) for p, image in parse(text) if p.strip()]
     except (ValueError, csv.Error) as error:
         raise RunError(f'input "file": {path}: {error}') from None
     if not prompts:
@@ -60,12 +117,26 @@ def read(name: str) -> list[str]:
     return prompts
 
 
+def _reference(image: str, beside: Path) -> Reference | None:
+    if not image.strip():
+        return None
+    for folder in (beside, host().input_folder):
+        path = inside(folder, image.strip())
+        if path and path.is_file():
+            return Reference.of_file(path)
+    raise ValueError(f'found the "image" {image!r}, which is in none of the folders searched ({beside}, {host().input_folder})')
+
+
+def _txt(text: str) -> list[tuple[str, str]]:
+    return [(line, "") for line in _lines(text)]
+
+
 def _lines(text: str) -> list[str]:
     """Not `str.splitlines`: that breaks at U+2028 and its like too, which a JSON string may hold as they are."""
     return text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
 
 
-def _jsonl(text: str) -> list[str]:
+def _jsonl(text: str) -> list[tuple[str, str]]:
     prompts = []
     for number, line in enumerate(_lines(text), 1):
         if not line.strip():
@@ -76,12 +147,14 @@ def _jsonl(text: str) -> list[str]:
             raise ValueError(f"line {number} is not JSON") from None
         if not isinstance(value, dict) or not isinstance(value.get("prompt"), str):
             raise ValueError(f'line {number}: accepted: an object with a text "prompt"')
-        prompts.append(value["prompt"])
+        if not isinstance(value.get("image", ""), str):
+            raise ValueError(f'line {number}: accepted: the path of a picture as "image"')
+        prompts.append((value["prompt"], value.get("image", "")))
     return prompts
 
 
-def _csv(text: str) -> list[str]:
+def _csv(text: str) -> list[tuple[str, str]]:
     rows = csv.DictReader(io.StringIO(text, newline=""))
     if "prompt" not in (rows.fieldnames or ()):
         raise ValueError(f'found the columns {rows.fieldnames}, accepted: one named "prompt"')
-    return [row["prompt"] or "" for row in rows]
+    return [(row["prompt"] or "", row.get("image") or "") for row in rows]

@@ -32,7 +32,7 @@ class LoraSettings:
 class LoraSnapshot:
     """An adapter's weights at one moment; never changed afterwards.
 
-    tensors: `<module>.lora_A.weight` [r, in] and `<module>.lora_B.weight` [out, r], float32 on the CPU, alpha not folded in.
+    tensors: `<denoiser's prefix><module>.lora_A.weight` [r, in] and `<module>.lora_B.weight` [out, r], float32 on the CPU, alpha not folded in.
     layout: of its file (`lora.layouts`). iterations: trained so far. averaged: whether they are the moving average. folder: of the run that made them.
     prompts: that it was trained on.
     """
@@ -51,19 +51,18 @@ class Adapter:
     """A LoRA attached to a policy's denoiser and active there, until `remove`."""
 
     def __init__(self, policy: Policy, settings: LoraSettings, seed: int = 0):
-        module = policy.denoiser
         if settings.targets not in policy.lora_targets:
             raise ValueError(f"found {settings.targets!r}, accepted: one of {', '.join(map(repr, policy.lora_targets))}")
         self.policy, self.settings, self.name = policy, settings, next(_names)
-        self._below = list(module.active_adapters()) if getattr(module, "_hf_peft_config_loaded", False) else []
+        self._below = list(policy.denoiser.active_adapters()) if _attached(policy.denoiser) else []
         config = LoraConfig(r=settings.rank, lora_alpha=settings.alpha, target_modules=policy.lora_targets[settings.targets])
+        self.parameters: dict[str, torch.nn.Parameter] = {}
         with processes.outside_inference_mode():
-            module.add_adapter(config, adapter_name=self.name)
-            module.set_adapter(self.name)
-            self.parameters = {
-                name.replace(f".{self.name}.", "."): p
-                for name, p in module.named_parameters() if f".{self.name}." in name
-            }
+            for prefix, module in policy.denoisers.items():
+                module.add_adapter(config, adapter_name=self.name)
+                module.set_adapter(self.name)
+                self.parameters |= {prefix + name.replace(f".{self.name}.", "."): p
+                                    for name, p in module.named_parameters() if f".{self.name}." in name}
             self._initialise(seed)
         for p in self.parameters.values():
             p.requires_grad_(True)
@@ -93,25 +92,29 @@ class Adapter:
 
     def remove(self) -> None:
         """Takes the adapter off; the denoiser is then as it was before it was attached."""
-        module = self.policy.denoiser
-        if self._below:
-            module.delete_adapters(self.name)
-            module.set_adapter(self._below)
-        else:
-            module.unload_lora()
+        for module in self.policy.denoisers.values():
+            if self._below:
+                module.delete_adapters(self.name)
+                module.set_adapter(self._below)
+            else:
+                module.unload_lora()
+
+
+def _attached(module: torch.nn.Module) -> bool:
+    return getattr(module, "_hf_peft_config_loaded", False)
 
 
 @contextlib.contextmanager
 def bare(policy: Policy) -> Iterator[None]:
     """The base model alone, while the block runs, also where an adapter is attached (in the middle of a loop)."""
-    attached = getattr(policy.denoiser, "_hf_peft_config_loaded", False)
-    if attached:
-        policy.denoiser.disable_adapters()
+    attached = [module for module in policy.denoisers.values() if _attached(module)]
+    for module in attached:
+        module.disable_adapters()
     try:
         yield
     finally:
-        if attached:
-            policy.denoiser.enable_adapters()
+        for module in attached:
+            module.enable_adapters()
 
 
 @contextlib.contextmanager
