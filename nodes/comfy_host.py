@@ -133,6 +133,7 @@ class ComfyHost(host.Host):
         self._tell("running")
 
     def run_ended(self, folder: Path, state: str) -> None:
+        super().run_ended(folder, state)
         self._leave_node()
         self._tell(state)
         self.active_run = None

@@ -1,14 +1,16 @@
 """What a page reads of a run, and its request to stop."""
 
+import io
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from PIL import Image
 from safetensors.torch import load_file
 
-from comfy_dancegrpo.runs import live
+from comfy_dancegrpo.runs import live, metrics
 from comfy_dancegrpo.trainer.console import ConsoleHost
 
 
@@ -61,6 +63,84 @@ def test_long_curves_are_thinned_and_keep_their_end(tmp_path):
     assert len(seen["columns"]["iteration"]) <= live.POINTS + 1
     assert seen["columns"]["iteration"][0] == 1 and seen["columns"]["iteration"][-1] == 2501 == seen["iteration"]
     assert seen["columns"]["reward_mean"][-1] == 1250.5 and seen["columns"]["grad_norm"][-1] is None
+
+
+@pytest.fixture
+def read_bytes(monkeypatch):
+    """How many bytes of metrics.jsonl were read since it was last asked."""
+    counted, opened = [0], Path.open
+
+    class Counting(io.FileIO):
+        def read(self, count=-1):
+            found = super().read(count)
+            counted[0] += len(found)
+            return found
+
+        def readall(self):
+            pytest.fail("the whole file was asked for")
+
+    def open_path(self, mode="r", buffering=-1, *options, **named):
+        return Counting(self, "r") if (self.name, mode, buffering) == ("metrics.jsonl", "rb", 0) else opened(self, mode, buffering, *options, **named)
+
+    monkeypatch.setattr(Path, "open", open_path)
+
+    def since():
+        found, counted[0] = counted[0], 0
+        return found
+
+    return since
+
+
+def row(iteration, **more):
+    return {"iteration": iteration, "reward_mean": iteration / 8, "time": 1e9 + iteration, **more}
+
+
+@pytest.mark.parametrize("length", [10, 20_000])
+def test_only_what_was_appended_is_read(tmp_path, read_bytes, length):
+    (tmp_path / "run.json").write_text('{"state": "running", "iterations": 0}')
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(json.dumps(row(i)) + "\n" for i in range(1, length + 1)))
+    assert live.read(tmp_path)["iteration"] == length and read_bytes() == path.stat().st_size
+    for i in range(length + 1, length + 4):
+        metrics.append(path, row(i))
+        assert live.read(tmp_path)["iteration"] == i
+        assert 0 < read_bytes() <= 3 * len(json.dumps(row(i)))  # the line known last, and the new one
+    live.read(tmp_path)
+    assert read_bytes() <= 2 * len(json.dumps(row(i)))
+
+
+@pytest.mark.parametrize("how", ["as a resumed run does", "in place", "grown past its former end", "another file"])
+def test_a_file_that_was_cut_is_read_again(tmp_path, how):
+    (tmp_path / "run.json").write_text('{"state": "running", "iterations": 0}')
+    path, long = tmp_path / "metrics.jsonl", 40
+    path.write_text("".join(json.dumps(row(i)) + "\n" for i in range(1, long + 1)))
+    assert live.read(tmp_path)["iteration"] == long
+    upto = long + 30 if how == "grown past its former end" else 20
+    again = [row(i) for i in range(1, 11)] + [row(i, time=2e9 + i, reward_mean=-i) for i in range(11, upto + 1)]
+    if how == "as a resumed run does":
+        metrics.cut_after(path, 10)
+        for values in again[10:]:
+            metrics.append(path, values)
+    elif how == "another file":
+        (tmp_path / "other").write_text("".join(json.dumps(values) + "\n" for values in again))
+        (tmp_path / "other").replace(path)
+    else:  # the same file
+        path.write_text("".join(json.dumps(values) + "\n" for values in again))
+    seen = live.read(tmp_path)
+    assert seen["columns"]["iteration"] == list(range(1, upto + 1))
+    assert seen["columns"]["reward_mean"] == [values["reward_mean"] for values in again]
+    path.unlink()
+    assert live.read(tmp_path)["iteration"] == 0
+
+
+def test_an_unfinished_line_is_left_out_until_it_is_whole(tmp_path):
+    (tmp_path / "run.json").write_text('{"state": "running", "iterations": 0}')
+    path, line = tmp_path / "metrics.jsonl", json.dumps(row(2)) + "\n"
+    path.write_text(json.dumps(row(1)) + "\n" + line[:20])
+    assert live.read(tmp_path)["columns"]["iteration"] == [1]
+    with path.open("a") as file:
+        file.write(line[20:])
+    assert live.read(tmp_path)["columns"]["iteration"] == [1, 2]
 
 
 def test_what_is_no_run(tmp_path, run):

@@ -13,7 +13,7 @@ from aiohttp import web  # noqa: E402
 from aiohttp.test_utils import TestServer  # noqa: E402
 
 from comfy_dancegrpo.nodes import routes  # noqa: E402
-from comfy_dancegrpo.runs import live  # noqa: E402
+from comfy_dancegrpo.runs import live, lock  # noqa: E402
 
 ACTIVE = {"run": "first", "node": "10", "prompt_id": "p", "iteration": 2, "iterations": 5}
 JPEG = b"\xff\xd8 a picture"
@@ -36,7 +36,9 @@ def output(tmp_path):
     for secret in (tmp_path / "live" / "1-0.jpg", tmp_path / "output" / "1-0.jpg", tmp_path / "run.json"):
         secret.write_bytes(b"secret")
     (tmp_path / "output" / "plain").mkdir()
-    return tmp_path / "output"
+    running = lock.take(tmp_path / "output" / "first")
+    yield tmp_path / "output"
+    running.release()
 
 
 @pytest.fixture
@@ -84,6 +86,15 @@ def test_answers(ask, output, prefix):
     assert (run["state"], run["iteration"], run["iterations"], run["seconds_left"], run["group"]) == ("running", 2, 5, 7.5, GROUP)
     assert value(ask("GET", f"{prefix}/dancegrpo/runs/second%20run"))["state"] == "finished"
     assert ask("GET", f"{prefix}/dancegrpo/runs/first/live/2-0.jpg") == (200, "image/jpeg", JPEG)
+
+
+def test_a_run_whose_process_is_gone(ask, output):
+    (output / "second run" / "run.json").write_text(json.dumps({"state": "running", "iterations": 1}))
+    assert {r["name"]: r["state"] for r in value(ask("GET", "/dancegrpo/runs"))["runs"]} == {"first": "running", "second run": "interrupted"}
+    run = value(ask("GET", "/dancegrpo/runs/second%20run"))
+    assert (run["state"], run["kept"], run["seconds_left"]) == ("interrupted", 1, None)
+    assert ask("POST", "/dancegrpo/runs/second%20run/stop")[0] == 409
+    assert not (output / "second run" / "live" / "stop").exists()
 
 
 def test_no_active_run(ask):

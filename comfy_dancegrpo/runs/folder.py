@@ -2,24 +2,34 @@
 
     workflow.json   the workflow as given            metrics.jsonl  a line per iteration
     prompt.json     the workflow as executed         summary.json   evaluations
-    run.json        fingerprint and state            images/  checkpoints/  lora/  live/
+    run.json        fingerprint, state, and, while  images/  checkpoints/  lora/  live/
+                    it runs, who trains it
 """
 
 from __future__ import annotations
 
+import contextlib
+import datetime
 import json
+import os
+import platform
 import re
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .. import __version__
 from ..atomic import replacing
 from ..errors import RunError
 from ..workflow.host import host
+from . import lock
+
+if TYPE_CHECKING:
+    from filelock import BaseFileLock
 
 ON_EXISTING = ("new", "resume", "restart")
 MAY_CHANGE = ("run_name", "iterations", "checkpoint_every", "on_existing", "micro_batch")  # without it being another run
+WRITTEN = ("workflow.json", "prompt.json", "run.json", "metrics.jsonl", "summary.json", "images", "checkpoints", "lora", "live")
 DEVICES = re.compile(r"(con|prn|aux|nul|(com|lpt)[0-9\u00b9\u00b2\u00b3]) *(\.|$)", re.IGNORECASE)  # Windows writes to these, whatever the suffix
 
 
@@ -68,7 +78,15 @@ class RunFolder:
             raise RunError(f"{self.path / 'run.json'} is damaged; choose another \"run_name\", or delete that folder") from None
 
     def write_record(self, **changes: Any) -> None:
-        write_atomically(self.path / "run.json", json.dumps({**self.record, **changes}, indent=2) + "\n")
+        record = {**self.record, **changes}
+        if record.get("state") != "running":
+            record.pop("process", None)
+        write_atomically(self.path / "run.json", json.dumps(record, indent=2) + "\n")
+
+    def write_running(self, **changes: Any) -> None:
+        """The same, for a run that this process trains from now on."""
+        since = datetime.datetime.now(datetime.timezone.utc).isoformat(sep=" ", timespec="seconds")
+        self.write_record(state="running", process={"pid": os.getpid(), "host": platform.node(), "since": since}, **changes)
 
     def add_to_summary(self, section: str, key: str, value: Any) -> None:
         path = self.path / "summary.json"
@@ -78,17 +96,71 @@ class RunFolder:
 
     def create(self, fingerprint: str, micro_batch: int) -> None:
         """Makes the folder afresh, and writes the workflow as given and as executed, where the host knows them."""
-        if self.path.exists():
-            aside = self.path.with_name(self.path.name + ".replaced")
-            shutil.rmtree(aside, ignore_errors=True)
-            self.path.rename(aside)
-            shutil.rmtree(aside, ignore_errors=True)
-        # first, so that a run killed here is known for a run when it is resumed
-        self.write_record(fingerprint=fingerprint, micro_batch=micro_batch, state="running", iterations=0, version=__version__)
+        self._delete(all_but="run.json")  # until the rest is gone it stays the former run: one killed here is known for a run
+        (self.path / "run.json").unlink(missing_ok=True)
+        self.write_running(fingerprint=fingerprint, micro_batch=micro_batch, iterations=0, version=__version__)
         if host().workflow_source:
             write_atomically(self.path / "workflow.json", host().workflow_source)
         if host().prompt:
             write_atomically(self.path / "prompt.json", json.dumps(host().prompt, indent=1) + "\n")
+
+    def discard(self) -> None:
+        """Deletes a run that came to nothing, and the folder, unless it holds what no run writes. Of this process's lock alone."""
+        if all(path.name in WRITTEN for path in self.path.iterdir()):
+            with contextlib.suppress(OSError):  # what cannot be deleted is left, as a stopped run
+                self._delete(all_but="run.json")
+                (self.path / "run.json").unlink(missing_ok=True)
+                self.remove_lock()
+
+    def remove_lock(self) -> None:
+        """Deletes the lock's file, and the folders around it that hold nothing else."""
+        with contextlib.suppress(OSError):  # Windows deletes no open file
+            lock.path_of(self.path).unlink()
+            self.live.rmdir()
+            self.path.rmdir()
+
+    def _delete(self, all_but: str) -> None:
+        """Deletes the folder's content, the lock excepted. Raises `OSError` for what cannot be deleted."""
+        kept = (lock.path_of(self.path), self.path / all_but)
+        for path in [*_content(self.live), *_content(self.path)]:
+            if path in kept or path == self.live:
+                continue
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
+def _content(path: Path) -> list[Path]:
+    return list(path.iterdir()) if path.is_dir() else []
+
+
+def _is_free(path: Path) -> bool:
+    """Whether a run may start here: nothing is there, or what a process left that was killed before it had written anything."""
+    if not path.exists():
+        return True
+    return lock.path_of(path).is_file() and not [p for p in (*_content(path / "live"), *_content(path)) if p not in (path / "live", lock.path_of(path))] and not lock.held(path)
+
+
+def claim(name: str, fingerprint: str, iterations: int, micro_batch: int, on_existing: str) -> tuple[RunFolder, str, BaseFileLock]:
+    """`choose`, and the chosen folder's lock: until it is released no other process trains there.
+
+    Raises:
+        RunError: as `choose`, and where another process trains there.
+    """
+    while True:
+        folder, action = choose(name, fingerprint, iterations, micro_batch, on_existing)
+        before = folder.record
+        held = lock.take(folder.path)
+        if held is not None:
+            if folder.record == before:
+                return folder, action, held
+            held.release()  # its process has just ended; what it left decides
+        elif not (action == "start" and on_existing == "new"):  # a new run that lost a race takes the next free name
+            raise _in_use(folder)
+
+
+def _in_use(folder: RunFolder) -> RunError:
+    who = folder.record.get("process")
+    by = f"process {who['pid']} on {who['host']} trains it since {who['since']}" if who else "another process has opened it"
+    return RunError(f'run {folder.name!r} in {folder.path} is in use: {by}; accepted: to wait until it has ended, or another "run_name"')
 
 
 def choose(name: str, fingerprint: str, iterations: int, micro_batch: int, on_existing: str) -> tuple[RunFolder, str]:
@@ -106,12 +178,14 @@ def choose(name: str, fingerprint: str, iterations: int, micro_batch: int, on_ex
     done = record.get("iterations", 0)
     finished = record.get("state") == "finished" and done == iterations
     unchanged = record.get("fingerprint") == fingerprint
-    if not folder.path.exists():
+    if _is_free(folder.path):
         return folder, "start"
     if on_existing == "new":
         same = finished and unchanged and record.get("micro_batch") == micro_batch
         return (folder, "reopen") if same else (_next_free(folder.path), "start")
     if not record:
+        if lock.held(folder.path):
+            raise _in_use(folder)
         raise RunError(f'{folder.path} exists and is not a run of this program; choose another "run_name"')
     if on_existing == "restart":
         return folder, "start"
@@ -126,7 +200,7 @@ def choose(name: str, fingerprint: str, iterations: int, micro_batch: int, on_ex
 
 def _next_free(path: Path) -> RunFolder:
     number = 2
-    while (candidate := path.with_name(f"{path.name}-{number}")).exists():
+    while not _is_free(candidate := path.with_name(f"{path.name}-{number}")):
         number += 1
     return RunFolder(candidate)
 

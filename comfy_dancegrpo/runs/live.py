@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..atomic import replacing
 from ..errors import RunError
-from . import metrics
+from . import lock, metrics
 from .folder import RunFolder, write_atomically
 
 if TYPE_CHECKING:
@@ -22,6 +22,7 @@ SIZE = 256  # pixels of a picture's longer side, at most
 SAMPLES = 32  # of a group, at most
 POINTS = 1000  # of a curve, at most
 COLUMNS = ("iteration", "reward_mean", "reward_std", "group_std", "clip_fraction", "approx_kl", "grad_norm", "ratio_deviation")
+_follower = metrics.Follower(COLUMNS)
 
 
 def write(folder: RunFolder, iteration: int, iterations: int, seconds_left: float, stats: UpdateStats) -> None:
@@ -49,7 +50,10 @@ def write(folder: RunFolder, iteration: int, iterations: int, seconds_left: floa
 
 
 def read(path: Path) -> dict[str, Any]:
-    """A run by its folder: how far it is, its curves (at most `POINTS` of each), its last group and its evaluations; {} for no run."""
+    """A run by its folder: how far it is, its curves (at most `POINTS` of each), its last group and its evaluations; {} for no run.
+
+    kept: iterations that a checkpoint covers. state: run.json's, or "stopping", or "interrupted" where its process is gone.
+    """
     folder = RunFolder(path)
     try:
         record = folder.record
@@ -57,17 +61,15 @@ def read(path: Path) -> dict[str, Any]:
         return {}
     if not record:
         return {}
-    state, rows = _json(folder.live / "state.json"), metrics.read(folder.metrics)
-    stride = -(-len(rows) // POINTS)
-    shown = [row for i, row in enumerate(rows) if i % stride == 0 or i == len(rows) - 1]
+    state, columns = _json(folder.live / "state.json"), _follower.columns(folder.metrics, POINTS)
     group = {key: state[key] for key in ("prompt", "reward", "samples")} if state else None
-    running = record.get("state") == "running"
+    now = _state(path, record)
     return {
-        "name": folder.name, "state": "stopping" if running and stop_requested(folder) else record.get("state"),
-        "iteration": rows[-1]["iteration"] if rows else 0, "iterations": state.get("iterations", record.get("iterations", 0)),
-        "seconds_left": state.get("seconds_left") if running else None,
-        "columns": {name: [row.get(name) for row in shown] for name in COLUMNS},
-        "group": group, "evaluations": _json(path / "summary.json").get("evaluations", {}),
+        "name": folder.name, "state": "stopping" if now == "running" and stop_requested(folder) else now,
+        "iteration": columns["iteration"][-1] if columns["iteration"] else 0,
+        "kept": record.get("iterations", 0), "iterations": state.get("iterations", record.get("iterations", 0)),
+        "seconds_left": state.get("seconds_left") if now == "running" else None,
+        "columns": columns, "group": group, "evaluations": _json(path / "summary.json").get("evaluations", {}),
     }
 
 
@@ -77,7 +79,7 @@ def list_runs(output: Path) -> list[dict[str, Any]]:
     for path in output.iterdir() if output.is_dir() else ():
         record = _json(path / "run.json")
         if record:
-            found.append((_moved(path), {"name": path.name, "state": record.get("state"), "iteration": record.get("iterations", 0)}))
+            found.append((_moved(path), {"name": path.name, "state": _state(path, record), "iteration": record.get("iterations", 0)}))
     return [run for _, run in sorted(found, key=lambda pair: (-pair[0], pair[1]["name"]))]
 
 
@@ -94,6 +96,14 @@ def stop_requested(folder: RunFolder) -> bool:
 
 def forget_stop(folder: RunFolder) -> None:
     (folder.live / "stop").unlink(missing_ok=True)
+
+
+def _state(path: Path, record: dict[str, Any]) -> str | None:
+    """run.json's state; "interrupted" where that says "running" and no process holds the folder."""
+    if record.get("state") == "running" and not lock.held(path):
+        state = _json(path / "run.json").get("state")  # it may have ended just now: the lock is let go of after the state is written
+        return "interrupted" if state == "running" else state
+    return record.get("state")
 
 
 def _moved(path: Path) -> float:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import threading
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from .folder import write_atomically
 
@@ -54,6 +56,80 @@ def read(path: Path) -> list[dict[str, Any]]:
         return []
     lines = path.read_text(encoding="utf-8").split("\n")
     return [json.loads(line) for line in lines[:-1] if line]
+
+
+class Follower:
+    """The columns of files that grow, of which only what was appended since the last call is read.
+
+    names: of the columns, the file's own. `kept` files are remembered, those that were asked for last. Threads may share one.
+    """
+
+    def __init__(self, names: tuple[str, ...], kept: int = 8):
+        self._names, self._kept = names, kept
+        self._known: dict[Path, _Known] = {}
+        self._lock = threading.Lock()
+
+    def columns(self, path: Path, points: int) -> dict[str, list[Any]]:
+        """At most `points` + 1 values of each column, evenly apart, the last always.
+
+        A value that a row has not is None; an unfinished last line is left out, as by `read`. No file has no rows.
+        """
+        with self._lock:
+            known = self._known.pop(path, None)
+            try:
+                with path.open("rb", buffering=0) as file:
+                    known = self._follow(file, known)
+            except FileNotFoundError:
+                known = _Known(None, self._names)
+            else:
+                self._known[path] = known
+            while len(self._known) > self._kept:
+                del self._known[next(iter(self._known))]
+            count = len(known.columns[self._names[0]])
+            stride = max(1, -(-count // points))
+            places = [*range(0, count, stride), *([count - 1] if count and (count - 1) % stride else [])]
+            return {name: [values[i] for i in places] for name, values in known.columns.items()}
+
+    def _follow(self, file: BinaryIO, known: _Known | None) -> _Known:
+        """What is known of a file after reading on: from its beginning where it is another, or was cut, since it was known."""
+        status = os.fstat(file.fileno())
+        identity = (status.st_dev, status.st_ino)
+        if known is not None and known.identity == identity:
+            file.seek(known.end - len(known.last))  # a file number may be given again: the last line known must still be there
+            if _read(file, len(known.last)) != known.last:
+                known = None
+        else:
+            known = None
+        if known is None:
+            known = _Known(identity, self._names)
+            file.seek(0)
+        appended = _read(file, max(0, status.st_size - known.end))
+        lines = appended.split(b"\n")[:-1]
+        for line in filter(None, lines):
+            row = json.loads(line)
+            for name, values in known.columns.items():
+                values.append(row.get(name))
+        if lines:
+            known.last = lines[-1] + b"\n"
+            known.end += sum(len(line) + 1 for line in lines)
+        return known
+
+
+class _Known:
+    """What was read of a file: up to which byte, its last line, and the columns."""
+
+    def __init__(self, identity: tuple[int, int] | None, names: tuple[str, ...]):
+        self.identity, self.end, self.last = identity, 0, b""
+        self.columns: dict[str, list[Any]] = {name: [] for name in names}
+
+
+def _read(file: BinaryIO, count: int) -> bytes:
+    """So many bytes of an unbuffered file, or those up to its end."""
+    parts = []
+    while count > 0 and (part := file.read(count)):
+        parts.append(part)
+        count -= len(part)
+    return b"".join(parts)
 
 
 def append(path: Path, values: dict[str, Any]) -> None:

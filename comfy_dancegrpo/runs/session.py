@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import time
 from collections import deque
 from dataclasses import dataclass, field
@@ -20,7 +22,7 @@ from ..policies.base import Policy
 from ..prompts import PromptList
 from ..workflow.host import host
 from . import checkpoints, live, metrics
-from .folder import choose
+from .folder import claim
 
 
 @dataclass(frozen=True)
@@ -87,17 +89,20 @@ class Session:
         if not prompts.prompts:
             raise RunError("there are no prompts to train on")
         self.policy, self.prompts, self.settings, self._node_id = policy, prompts, settings, node_id
-        self.folder, self.action = choose(
-            settings.run_name, fingerprint, settings.iterations, settings.micro_batch, settings.on_existing)
         self._fingerprint, self._done, self._saved, self._start = fingerprint, 0, -1, 0.0
         self._seconds: deque[float] = deque(maxlen=20)  # of the last iterations
         self.first_reward: float | None = None
 
     def __enter__(self) -> Session:
         settings = self.settings
-        host().load(self.policy)
-        self.adapter = Adapter(self.policy, settings.lora, settings.seed)
-        try:
+        self.folder, self.action, self._lock = claim(
+            settings.run_name, self._fingerprint, settings.iterations, settings.micro_batch, settings.on_existing)
+        self._is_new = not self.folder.record
+        with contextlib.ExitStack() as undo:
+            undo.callback(self._let_go)
+            host().load(self.policy)
+            self.adapter = Adapter(self.policy, settings.lora, settings.seed)
+            undo.callback(self.adapter.remove)
             learner = Learner(self.policy, self.adapter.parameters, settings.optimizer, run=self.folder.name)
             self.live = LivePolicy(self.policy, learner, settings)
             if self.action == "start":
@@ -105,9 +110,7 @@ class Session:
             else:
                 self._load()
             self._state = learner.state()
-        except BaseException:
-            self.adapter.remove()
-            raise
+            undo.pop_all()
         live.forget_stop(self.folder)
         host().run_started(self.folder.path, self._node_id)
         host().run_moved(self.folder.path, self._done, settings.iterations)
@@ -119,6 +122,7 @@ class Session:
             raise RunError(f"run {self.folder.name!r} in {self.folder.path} is finished, and its checkpoints are missing or damaged; "
                            'set "on_existing" to restart, or choose another "run_name"')
         if found is None:
+            self.folder.write_running()
             host().say(f"run {self.folder.name!r} in {self.folder.path} has no checkpoint yet; it starts from the beginning")
         else:
             self._done, tensors, micro_batch = found
@@ -131,7 +135,7 @@ class Session:
                 host().say(f"run {self.folder.name!r} in {self.folder.path} is finished and unchanged; nothing is trained "
                            '("on_existing" restart trains it again)')
             else:  # also a finished run whose last checkpoint is damaged
-                self.folder.write_record(state="running")
+                self.folder.write_running()
                 host().say(f"run {self.folder.name!r} in {self.folder.path} goes on after iteration {self._done}")
         metrics.cut_after(self.folder.metrics, self._done)
         rows = metrics.read(self.folder.metrics)
@@ -213,7 +217,17 @@ class Session:
                 self._keep(broken_off=kind is not None)
         finally:
             live.forget_stop(self.folder)
+            self._let_go()
             host().run_ended(self.folder.path, "finished" if self.finished else "stopped")
+
+    def _let_go(self) -> None:
+        """Leaves the folder to others; one that this session made, and did nothing in, goes."""
+        nothing = self._is_new and self._done == 0
+        if nothing:
+            self.folder.discard()
+        self._lock.release()
+        if nothing and os.name == "nt":  # nothing that is open can be deleted there
+            self.folder.remove_lock()
 
     def _keep(self, broken_off: bool) -> None:
         """What an unfinished run leaves: a checkpoint, and where nothing of the graph will save it, the LoRA too."""

@@ -114,7 +114,9 @@ class Host:
         """A run has begun (with what it had done before, 0 for a new one) or ended another iteration; its folder tells the rest."""
 
     def run_ended(self, folder: Path, state: str) -> None:
-        """A run is "finished" or "stopped"; its folder is as it will stay."""
+        """A run is "finished" or "stopped"; its folder is as it will stay, or gone where nothing was done."""
+        if not folder.exists():
+            self.run_folder = None
 
     def must_run(self, node_id: str) -> bool:
         """For a host that caches: whether this Loop End, though unchanged, has something to do (its last run was stopped, or starts over)."""

@@ -187,6 +187,7 @@ class WorkerHost(ProgramHost):
         self._tell_run(folder, "running", iteration=iteration, iterations=iterations)
 
     def run_ended(self, folder: Path, state: str) -> None:
+        super().run_ended(folder, state)
         self._tell_run(folder, state)
         self._loop = None
 
