@@ -35,10 +35,11 @@ class Evaluate:
             "batch_size": wires.integer(4, 1, 4096, "Samples in every denoiser call."),
             "grid_columns": wires.integer(8, 1, 64, "Pairs in a row of the grid."),
             "grid_rows": wires.integer(2, 1, 64, "Rows of pairs in the grid."),
-        }, "optional": {"reward_2": wires.socket(wires.REWARD, reward), "reward_3": wires.socket(wires.REWARD, reward)}}
+        }, "optional": {"reward_2": wires.socket(wires.REWARD, reward), "reward_3": wires.socket(wires.REWARD, reward)},
+                "hidden": {"unique_id": "UNIQUE_ID"}}
 
     def evaluate(self, policy, lora, prompts, reward, steps, shift, guidance_scale, width, height, noise_seed, samples_per_prompt,
-                 batch_size, grid_columns, grid_rows, reward_2=None, reward_3=None):
+                 batch_size, grid_columns, grid_rows, reward_2=None, reward_3=None, unique_id=""):
         from comfy_dancegrpo.grpo.protocol import SamplingPlan, Size
         from comfy_dancegrpo.runs import evaluate, pictures
         from comfy_dancegrpo.runs.folder import RunFolder
@@ -56,8 +57,8 @@ class Evaluate:
         found = evaluate.evaluate(policy, lora, prompts.prompts, rewards, plan, noise_seed, batch_size, samples_per_prompt)
         folder = RunFolder(lora.folder)
         host().say(f"Evaluate: without the LoRA, and with {'its moving average' if lora.averaged else 'it'} after {lora.iterations} iterations")
+        folder.add_evaluations(str(unique_id), {comparison.reward: comparison.summary() for comparison in found.comparisons})
         for comparison in found.comparisons:
-            folder.add_to_summary("evaluations", comparison.reward, comparison.summary())
             host().say(comparison.line())
         grid = pictures.before_after(found, grid_columns, grid_rows)
         report = "\n".join(c.line() for c in found.comparisons)

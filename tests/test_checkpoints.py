@@ -194,9 +194,19 @@ def test_what_a_run_begins_with(host):
     assert (folder.path / "workflow.json").read_bytes() == b'{"as": "given"}'
     assert json.loads((folder.path / "prompt.json").read_text()) == host.prompt
     assert (folder.record["state"], folder.record["iterations"], folder.record["fingerprint"]) == ("running", 0, "print")
-    folder.add_to_summary("evaluations", "clip", {"gain": 1})
-    folder.add_to_summary("evaluations", "exact", {"gain": 2})
-    assert json.loads((folder.path / "summary.json").read_text()) == {"evaluations": {"clip": {"gain": 1}, "exact": {"gain": 2}}}
+
+
+@pytest.mark.parametrize("order", [("15", "7", "12:3"), ("12:3", "7", "15", "7"), ("7", "15", "12:3", "15")])
+def test_each_evaluate_has_its_own_entries_in_whatever_order_they_run(host, order):
+    host.prompt = {"7": {}, "15": {}, "12:3": {}}
+    folder = RunFolder(host.output_folder / "run")
+    for node in order:
+        folder.add_evaluations(node, {"clip": {"gain": f"of {node}"}, **({"exact": {"gain": 2}} if node == "15" else {})})
+    summary = json.loads((folder.path / "summary.json").read_text())
+    assert summary["evaluations"] == {"clip": {"gain": "of 7"}, "clip_2": {"gain": "of 12:3"}, "clip_3": {"gain": "of 15"}, "exact": {"gain": 2}}
+    host.prompt = {"15": {}}  # the others were taken out of the workflow
+    folder.add_evaluations("15", {"clip": {"gain": 5}})
+    assert json.loads((folder.path / "summary.json").read_text())["evaluations"] == {"clip": {"gain": 5}}
 
 
 # -- metrics ------------------------------------------------------------------------------------------------------------------------

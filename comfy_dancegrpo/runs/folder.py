@@ -88,10 +88,25 @@ class RunFolder:
         since = datetime.datetime.now(datetime.timezone.utc).isoformat(sep=" ", timespec="seconds")
         self.write_record(state="running", process={"pid": os.getpid(), "host": platform.node(), "since": since}, **changes)
 
-    def add_to_summary(self, section: str, key: str, value: Any) -> None:
+    def add_evaluations(self, node_id: str, found: dict[str, Any]) -> None:
+        """Writes an Evaluate node's figures, by reward, into summary.json, in place of what it wrote before.
+
+        Where several evaluate one reward, the second by node id is clip_score_2, in whatever order they ran; what a node wrote that is
+        no longer in the workflow is dropped. "evaluated_by" names each node's rewards.
+        """
+        from ..rewards import distinct
+
         path = self.path / "summary.json"
         summary = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        summary.setdefault(section, {})[key] = value
+        former = iter(summary.get("evaluations", {}).values())  # in the order of "evaluated_by"
+        figures = {node: {reward: next(former) for reward in rewards} for node, rewards in summary.get("evaluated_by", {}).items()}
+        figures = {node: values for node, values in figures.items() if node in host().prompt}
+        figures[node_id] = found
+        summary["evaluations"], summary["evaluated_by"] = {}, {}
+        for node in sorted(figures, key=lambda node: [(len(part), part) for part in node.split(":")]):
+            summary["evaluated_by"][node] = list(figures[node])
+            for reward, values in figures[node].items():
+                summary["evaluations"][distinct(reward, summary["evaluations"])] = values
         write_atomically(path, json.dumps(summary, indent=2) + "\n")
 
     def create(self, fingerprint: str, micro_batch: int) -> None:
