@@ -50,6 +50,9 @@ class LoopStart:
             "checkpoint_every": wires.integer(20, 0, 1_000_000, "Iterations between checkpoints; 0 keeps one at the end alone."),
             "on_existing": wires.choice(list(ON_EXISTING), "Where the run's folder exists. new: the next free name, or, finished and "
                                         "unchanged, reopened. resume: goes on. restart: deletes it and starts afresh."),
+        }, "optional": {
+            "warmup": wires.integer(0, 0, 1_000_000, "Iterations over which the learning rate rises to its full value. AdamW's first steps are "
+                                                     "the least certain ones, and as long as any."),
         }}
 
     @classmethod
@@ -126,10 +129,10 @@ class LoopRunner:
             raise RunError(str(error)) from error
 
     @staticmethod
-    def _settings(policy, prompts, learning_rate, weight_decay, ema_decay, lora_rank, lora_alpha, lora_targets, **rest):
+    def _settings(policy, prompts, learning_rate, weight_decay, ema_decay, lora_rank, lora_alpha, lora_targets, warmup=0, **rest):
         from comfy_dancegrpo.grpo.learner import OptimizerSettings
         from comfy_dancegrpo.lora.adapter import LoraSettings
         from comfy_dancegrpo.runs.session import LoopSettings
 
-        optimizer = OptimizerSettings(learning_rate=learning_rate, weight_decay=weight_decay, ema_decay=ema_decay)
+        optimizer = OptimizerSettings(learning_rate=learning_rate, weight_decay=weight_decay, ema_decay=ema_decay, warmup=warmup)
         return policy, prompts, LoopSettings(lora=LoraSettings(lora_rank, lora_alpha, lora_targets), optimizer=optimizer, **rest)

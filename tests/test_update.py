@@ -371,6 +371,17 @@ def test_adamw():
     np.testing.assert_allclose(learner.after[0], p - 0.01 * (g / (np.abs(g) + 1e-8) + 0.1 * p), rtol=0, atol=1e-12)
 
 
+def test_the_learning_rate_warms_up():
+    """The first of four warm-up iterations steps with a quarter of the learning rate, and the fourth with the whole."""
+    learner = Recorder(Perceptron(), learning_rate=0.01, warmup=4)
+    rates = []
+    for iteration in range(6):
+        rates.append(update(learner, advantages_of(rollout_of(learner, iteration)), ALL).learning_rate)
+    np.testing.assert_allclose(rates, [0.0025, 0.005, 0.0075, 0.01, 0.01, 0.01])
+    g = learner.gradients[0]
+    np.testing.assert_allclose(learner.after[0], learner.before[0] - 0.0025 * g / (np.abs(g) + 1e-8), rtol=0, atol=1e-12)
+
+
 def test_under_inference_mode_as_hosts_run_their_nodes():
     plain, hosted = Recorder(Perceptron(), ema_decay=0.9), Recorder(Perceptron(), ema_decay=0.9)
     update(plain, advantages_of(rollout_of(plain)), ALL)

@@ -12,12 +12,14 @@ from .protocol import Denoiser
 
 @dataclass(frozen=True)
 class OptimizerSettings:
-    """AdamW (arXiv 1711.05101). ema_decay: of the parameters' moving average, once an optimizer step; 0 turns it off."""
+    """AdamW (arXiv 1711.05101). ema_decay: of the parameters' moving average, once an optimizer step; 0 turns it off.
+    warmup: iterations over which the learning rate rises linearly to its full value; 0 begins with that."""
 
     learning_rate: float = 3e-4
     weight_decay: float = 1e-4
     betas: tuple[float, float] = (0.9, 0.999)
     ema_decay: float = 0.0
+    warmup: int = 0
 
 
 class Learner:
@@ -32,6 +34,11 @@ class Learner:
                                            weight_decay=settings.weight_decay)
         self.ema = {name: p.detach().clone() for name, p in parameters.items()} if settings.ema_decay else None
 
+    @property
+    def learning_rate(self) -> float:
+        """Of the iteration that is being trained: a function of its number alone, so that a resumed run needs no more to know it."""
+        return self.settings.learning_rate * min(1.0, (self.version[1] + 1) / max(1, self.settings.warmup))
+
     def clip_grad_norm(self, limit: float) -> float:
         """Scales the gradient to at most `limit` in norm; returns the norm before."""
         return torch.nn.utils.clip_grad_norm_(self.parameters.values(), limit).item()
@@ -41,6 +48,8 @@ class Learner:
 
     @torch.no_grad()
     def optimizer_step(self) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate
         self.optimizer.step()
         self.zero_grad()
         if self.ema is not None:

@@ -46,6 +46,7 @@ class UpdateStats:
     clip_fraction: float
     approx_kl: float
     grad_norm: float
+    learning_rate: float
     transitions: int
     calls: CallCount
     seconds: float
@@ -105,16 +106,17 @@ def update(learner: Learner, advantages: Advantages, settings: UpdateSettings,
                 raise NotFinite(f"the gradient's norm is {norm}; its step was not taken")
             norms.append(norm)
             learner.optimizer_step()
+    learning_rate = learner.learning_rate
     learner.finish_iteration()
     if not total:
-        return UpdateStats(0.0, 0.0, 0.0, 0.0, 0.0, 0, calls, time.perf_counter() - start, settings.clip_range, advantages)
+        return UpdateStats(0.0, 0.0, 0.0, 0.0, 0.0, learning_rate, 0, calls, time.perf_counter() - start, settings.clip_range, advantages)
     every = torch.cat(ratios).cpu().double()  # float32 has no digit left of rho - 1 - log(rho) where rho is near 1
     return UpdateStats(
         loss=torch.cat(losses).mean().item(),
         ratio_deviation=(every[: len(parts[0])] - 1).abs().max().item(),
         clip_fraction=((every - 1).abs() > settings.clip_range).double().mean().item(),
         approx_kl=(every - 1 - every.log()).mean().item(),
-        grad_norm=sum(norms) / len(norms), transitions=total, calls=calls,
+        grad_norm=sum(norms) / len(norms), learning_rate=learning_rate, transitions=total, calls=calls,
         seconds=time.perf_counter() - start, clip_range=settings.clip_range, advantages=advantages,
     )
 

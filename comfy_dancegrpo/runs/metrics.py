@@ -15,7 +15,7 @@ if TYPE_CHECKING:  # the rest of this file reads and writes lines, and a page's 
     from ..grpo.update import UpdateStats
 
 
-def row(iteration: int, stats: UpdateStats, learning_rate: float, total_seconds: float) -> dict[str, Any]:
+def row(iteration: int, stats: UpdateStats, total_seconds: float) -> dict[str, Any]:
     """What is written of one iteration (iteration counts from 1).
 
     reward_mean and reward_std are over the samples of the weighted sum of raw scores; group_std is the mean spread within
@@ -36,7 +36,7 @@ def row(iteration: int, stats: UpdateStats, learning_rate: float, total_seconds:
         "approx_kl": stats.approx_kl,
         "grad_norm": stats.grad_norm,
         "loss": stats.loss,
-        "learning_rate": learning_rate,
+        "learning_rate": stats.learning_rate,
         "flat_groups": int(stats.advantages.flat.sum()),
         "transitions": stats.transitions,
         "denoiser_calls": {

@@ -164,7 +164,7 @@ class Session:
         if self.live.learner.version[1] != self._done + 1:
             raise RunError(f"the loop's body updated the policy {self.live.learner.version[1] - self._done} times in one iteration; "
                            "accepted: once")
-        row = metrics.row(self._done + 1, stats, self.settings.optimizer.learning_rate, time.perf_counter() - self._start)
+        row = metrics.row(self._done + 1, stats, time.perf_counter() - self._start)
         metrics.append(self.folder.metrics, row)
         # both at once, after all that a full disk or a signal may break off: a checkpoint must hold the state that its number says
         self._state, self._done = self.live.learner.state(), self._done + 1
