@@ -4,6 +4,7 @@ import hashlib
 
 from comfy_dancegrpo import processes
 from comfy_dancegrpo.errors import RunError
+from comfy_dancegrpo.grpo.schedules import SCHEDULES
 from comfy_dancegrpo.runs.folder import MAY_CHANGE, ON_EXISTING, name_problem
 from comfy_dancegrpo.workflow import loop
 from comfy_dancegrpo.workflow.host import host
@@ -53,6 +54,8 @@ class LoopStart:
         }, "optional": {
             "warmup": wires.integer(0, 0, 1_000_000, "Iterations over which the learning rate rises to its full value. AdamW's first steps are "
                                                      "the least certain ones, and as long as any."),
+            "schedule": wires.choice(list(SCHEDULES), "Of the learning rate after its warm-up. inverse_sqrt lets it fall: the LoRA wanders less "
+                                                      "once it has learned the most."),
         }}
 
     @classmethod
@@ -129,10 +132,12 @@ class LoopRunner:
             raise RunError(str(error)) from error
 
     @staticmethod
-    def _settings(policy, prompts, learning_rate, weight_decay, ema_decay, lora_rank, lora_alpha, lora_targets, warmup=0, **rest):
+    def _settings(policy, prompts, learning_rate, weight_decay, ema_decay, lora_rank, lora_alpha, lora_targets, warmup=0,
+                  schedule="constant", **rest):
         from comfy_dancegrpo.grpo.learner import OptimizerSettings
         from comfy_dancegrpo.lora.adapter import LoraSettings
         from comfy_dancegrpo.runs.session import LoopSettings
 
-        optimizer = OptimizerSettings(learning_rate=learning_rate, weight_decay=weight_decay, ema_decay=ema_decay, warmup=warmup)
+        optimizer = OptimizerSettings(learning_rate=learning_rate, weight_decay=weight_decay, ema_decay=ema_decay, warmup=warmup,
+                                      schedule=schedule)
         return policy, prompts, LoopSettings(lora=LoraSettings(lora_rank, lora_alpha, lora_targets), optimizer=optimizer, **rest)

@@ -19,26 +19,28 @@ REGISTRY = {**nodes.HOST_CLASS_MAPPINGS, **nodes.NODE_CLASS_MAPPINGS}
 # never goes before an old one); nothing is renamed, reordered or removed.
 RECORDED = {
     # id: (required inputs, optional inputs, outputs by type)
-    "DanceGRPOLoadPolicy": ("policy dtype", "", "DANCEGRPO_POLICY"),
+    "DanceGRPOLoadPolicy": ("policy dtype", "vae text_encoder text_encoder_2 text_encoder_3 components prompt_cache", "DANCEGRPO_POLICY"),
     "DanceGRPOPromptSet": ("text file limit", "", "DANCEGRPO_PROMPTS"),
     "DanceGRPOLoopStart": (
         "policy prompts run_name iterations prompts_per_iteration seed learning_rate weight_decay lora_rank lora_alpha lora_targets "
-        "ema_decay micro_batch checkpoint_every on_existing", "warmup", "DANCEGRPO_LIVE_POLICY DANCEGRPO_PROMPTS INT"),
+        "ema_decay micro_batch checkpoint_every on_existing", "warmup schedule", "DANCEGRPO_LIVE_POLICY DANCEGRPO_PROMPTS INT"),
     "DanceGRPOGroupSample": (
-        "policy prompts group_size steps transition eta shift guidance_scale width height initial_noise", "", "DANCEGRPO_ROLLOUT IMAGE"),
+        "policy prompts group_size steps transition eta shift guidance_scale width height initial_noise frames", "", "DANCEGRPO_ROLLOUT IMAGE"),
     "DanceGRPOLoadReward": ("reward model batch_size", "", "DANCEGRPO_REWARD"),
     "DanceGRPOScore": ("rollout reward weight", "images scores", "DANCEGRPO_SCORES"),
     "DanceGRPOScoresFromNumbers": ("rollout numbers name weight", "scores", "DANCEGRPO_SCORES"),
     "DanceGRPOAdvantage": ("scores clamp", "", "DANCEGRPO_ADVANTAGES"),
+    "DanceGRPOSample": ("policy prompts steps guidance_scale width height frames noise_seed samples_per_prompt", "lora", "IMAGE"),
     "DanceGRPOUpdate": ("policy advantages clip_range train_fraction optimizer_steps max_grad_norm", "", "DANCEGRPO_UPDATE"),
     "DanceGRPOLoopEnd": ("update", "", "DANCEGRPO_LORA DANCEGRPO_RUN"),
     "DanceGRPOLoopRunner": ("body", "", "DANCEGRPO_LORA DANCEGRPO_RUN"),
     "DanceGRPOEvaluate": (
         "policy lora prompts reward steps shift guidance_scale width height noise_seed samples_per_prompt batch_size grid_columns grid_rows",
-        "reward_2 reward_3", "IMAGE FLOAT STRING"),
+        "reward_2 reward_3 frames", "IMAGE FLOAT STRING"),
     "DanceGRPOPlotMetrics": ("run width height", "", "IMAGE"),
     "DanceGRPOSaveLora": ("lora filename", "", ""),
-    "DanceGRPOApplyPolicyLora": ("model lora strength", "clip", "MODEL CLIP"),
+    "DanceGRPOSaveVideo": ("images fps filename_prefix", "", ""),
+    "DanceGRPOApplyPolicyLora": ("model lora strength", "clip expert", "MODEL CLIP"),
     # ComfyUI's own, as it declares them
     "SaveImage": ("images filename_prefix", "", ""),
     "PreviewImage": ("images", "", ""),
@@ -52,9 +54,12 @@ RECORDED = {
 # the choices that saved graphs hold; more may come, none may go
 CHOICES = {
     "DanceGRPOLoadPolicy.policy": {"embedded"},
+    "DanceGRPOLoadPolicy.prompt_cache": {"memory", "disk"},
     "DanceGRPOLoadPolicy.dtype": {"float32", "bfloat16", "float16"},
     "DanceGRPOLoopStart.lora_targets": {"attention", "attention and feed-forward", "all linear layers", "modulation"},
+    "DanceGRPOLoopStart.optimizer": {"adamw", "adamw_8bit", "paged_adamw_8bit", "adafactor", "prodigy"},
     "DanceGRPOLoopStart.on_existing": {"new", "resume", "restart"},
+    "DanceGRPOLoopStart.schedule": {"constant", "inverse_sqrt"},
     "DanceGRPOGroupSample.transition": {"dance_sde", "ddim"},
     "DanceGRPOGroupSample.initial_noise": {"shared", "independent"},
     "DanceGRPOLoadReward.reward": {"clip_score", "shapes_agreement"},

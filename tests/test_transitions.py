@@ -8,7 +8,6 @@ import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 
 from comfy_dancegrpo.grpo.gaussian import Gaussian, log_prob
-from comfy_dancegrpo.grpo.schedules import shifted_sigmas
 from comfy_dancegrpo.grpo.transitions import TRANSITIONS
 
 SHAPE = (3, 5, 4)
@@ -84,8 +83,8 @@ def test_ddim_is_that_of_diffusers(index, eta):
 def test_ode_is_that_of_diffusers(shift):
     scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
     scheduler.set_timesteps(sigmas=np.linspace(1, 1 / 6, 6))
-    sigmas = shifted_sigmas(6, shift)
-    torch.testing.assert_close(scheduler.sigmas.double(), sigmas, rtol=0, atol=1e-6)
+    t = np.linspace(1, 0, 7)
+    np.testing.assert_allclose(scheduler.sigmas, shift * t / (1 + (shift - 1) * t), rtol=0, atol=1e-6)
     x = draws(1)[0]
     for index, v in enumerate(draws(6, seed=4)):
         before, after = scheduler.sigmas[index].item(), scheduler.sigmas[index + 1].item()

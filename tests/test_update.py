@@ -382,6 +382,13 @@ def test_the_learning_rate_warms_up():
     np.testing.assert_allclose(learner.after[0], learner.before[0] - 0.0025 * g / (np.abs(g) + 1e-8), rtol=0, atol=1e-12)
 
 
+def test_the_learning_rate_falls_with_the_square_root():
+    """arXiv 1706.03762, eq. 3, scaled to its peak: min(n / w, sqrt(w / n))."""
+    learner = Recorder(Perceptron(), learning_rate=0.01, warmup=3, schedule="inverse_sqrt")
+    rates = [update(learner, advantages_of(rollout_of(learner, iteration)), ALL).learning_rate for iteration in range(8)]
+    np.testing.assert_allclose(rates, [0.01 * min(n / 3, (3 / n) ** 0.5) for n in range(1, 9)])
+
+
 def test_under_inference_mode_as_hosts_run_their_nodes():
     plain, hosted = Recorder(Perceptron(), ema_decay=0.9), Recorder(Perceptron(), ema_decay=0.9)
     update(plain, advantages_of(rollout_of(plain)), ALL)

@@ -8,18 +8,21 @@ import torch
 from torch import Tensor
 
 from .protocol import Denoiser
+from .schedules import share
 
 
 @dataclass(frozen=True)
 class OptimizerSettings:
     """AdamW (arXiv 1711.05101). ema_decay: of the parameters' moving average, once an optimizer step; 0 turns it off.
-    warmup: iterations over which the learning rate rises linearly to its full value; 0 begins with that."""
+    warmup: iterations over which the learning rate rises linearly to its full value; 0 begins with that. schedule: what it does then,
+    one of `schedules.SCHEDULES`."""
 
     learning_rate: float = 3e-4
     weight_decay: float = 1e-4
     betas: tuple[float, float] = (0.9, 0.999)
     ema_decay: float = 0.0
     warmup: int = 0
+    schedule: str = "constant"
 
 
 class Learner:
@@ -36,8 +39,8 @@ class Learner:
 
     @property
     def learning_rate(self) -> float:
-        """Of the iteration that is being trained: a function of its number alone, so that a resumed run needs no more to know it."""
-        return self.settings.learning_rate * min(1.0, (self.version[1] + 1) / max(1, self.settings.warmup))
+        """Of the iteration that is being trained: a function of its number alone, so that a run may be resumed, and made longer."""
+        return self.settings.learning_rate * share(self.settings.schedule, self.version[1] + 1, self.settings.warmup)
 
     def clip_grad_norm(self, limit: float) -> float:
         """Scales the gradient to at most `limit` in norm; returns the norm before."""

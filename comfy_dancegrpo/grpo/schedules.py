@@ -1,12 +1,19 @@
-"""Time grids."""
+"""What the learning rate does after its warm-up: its share of the full value, by the iteration (from 1).
+
+None depends on how many iterations there will be, so that a run may be made longer. Imports no torch: nodes list the names.
+"""
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from collections.abc import Callable
+
+SCHEDULES: dict[str, Callable[[int, int], float]] = {
+    "constant": lambda iteration, warmup: 1.0,
+    "inverse_sqrt": lambda iteration, warmup: (warmup / iteration) ** 0.5,  # arXiv 1706.03762, eq. 3
+}
 
 
-def shifted_sigmas(steps: int, shift: float) -> Tensor:
-    """[steps + 1] float64: linspace(1, 0) under s t / (1 + (s - 1) t) (arXiv 2403.03206, eq. 23)."""
-    t = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
-    return shift * t / (1 + (shift - 1) * t)
+def share(schedule: str, iteration: int, warmup: int) -> float:
+    """Linear up to 1 over `warmup` iterations, then as the schedule says. Raises `KeyError` for one that is not in `SCHEDULES`."""
+    warmup = max(1, warmup)
+    return iteration / warmup if iteration < warmup else SCHEDULES[schedule](iteration, warmup)
