@@ -95,6 +95,31 @@ def edit(workflow: Annotated[Optional[Path], typer.Argument(help="Opened as a co
         serve(Options(output, input, models, extra_model_paths, comfyui), workflow, listen, port, token or None)
 
 
+@app.command()
+def sample(prompt: Annotated[Optional[list[str]], typer.Option(help="What to draw. Repeatable.", show_default=False)] = None,
+           prompts: Annotated[str, typer.Option(metavar="FILE", help="A .txt, .jsonl or .csv file in the input folder.", show_default=False)] = "",
+           policy: Annotated[str, typer.Option(help="As Load Policy names it.")] = "embedded",
+           lora: Annotated[Optional[Path], typer.Option(metavar="FILE", help="A LoRA that a run saved.", show_default=False)] = None,
+           width: Annotated[int, typer.Option(min=16)] = 64, height: Annotated[int, typer.Option(min=16)] = 64,
+           frames: Annotated[int, typer.Option(min=1, help="Of a video; 1 draws pictures.")] = 1,
+           steps: Annotated[int, typer.Option(min=1)] = 28, guidance_scale: Annotated[float, typer.Option(min=0.0)] = 3.5,
+           seed: Annotated[int, typer.Option(min=0)] = 0, count: Annotated[int, typer.Option(min=1, help="Samples of each prompt.")] = 1,
+           dtype: str = "float32", output: Output = Path("output"), models: Models = None, extra_model_paths: ExtraModelPaths = None,
+           input: Input = None, debug: Debug = False) -> None:
+    """Draws with a policy, and with a LoRA, by the model's own pipeline."""
+    with _reported(debug):
+        from comfy_dancegrpo.workflow.host import use
+
+        from .drawing import Wanted, draw_and_save
+        from .session import Options, make_host
+
+        host, _ = make_host(Options(output, input, models, extra_model_paths))
+        with use(host):
+            for path in draw_and_save(Wanted(tuple(prompt or ()), prompts, policy, lora, width, height, frames, steps, guidance_scale,
+                                             seed, count, dtype)):
+                print(host.output_folder / path)
+
+
 def _need(command: str, extra: str, *packages: str) -> None:
     """Raises WorkflowError, one line, for packages that are not installed."""
     missing = [package.replace("_", "-") for package in packages if importlib.util.find_spec(package) is None]
