@@ -1,14 +1,18 @@
 from __future__ import annotations
 
 from comfy_dancegrpo import policies
+from comfy_dancegrpo.policies import places
 
 from . import wires
+
+OWN = "from the policy"
+PARTS = ("vae", "text_encoder", "text_encoder_2", "text_encoder_3", "components")
 
 
 class LoadPolicy:
     TITLE = "Load Policy"
     DESCRIPTION = "Loads a base model, its weights frozen. The loop attaches a fresh LoRA to it; the base itself never changes."
-    SEARCH_ALIASES = ["model", "checkpoint", "flux", "diffusers"]
+    SEARCH_ALIASES = ["model", "checkpoint", "flux", "diffusers", "safetensors"]
     CATEGORY = wires.CATEGORY
     RETURN_TYPES = (wires.POLICY,)
     RETURN_NAMES = ("policy",)
@@ -17,14 +21,29 @@ class LoadPolicy:
 
     @classmethod
     def INPUT_TYPES(cls):
+        texts = [OWN, *places.single_files("text_encoders")]
         return {"required": {
-            "policy": wires.choice(policies.available(), "A diffusers folder in the model folders, or the embedded tiny policy."),
+            "policy": wires.choice(policies.available(), "The embedded tiny policy, a diffusers folder in the model folders or in the Hugging Face "
+                                                         "cache (org/name), or a single .safetensors file."),
             "dtype": wires.choice(list(policies.DTYPES), "Of the frozen weights. The LoRA is always trained in float32."),
+        }, "optional": {
+            "vae": wires.choice([OWN, *places.single_files("vae")], "A VAE file in place of the policy's own."),
+            "text_encoder": wires.choice(texts, "A file in place of the policy's text_encoder (CLIP-L in FLUX.1 and SD3)."),
+            "text_encoder_2": wires.choice(texts, "A file in place of its text_encoder_2 (T5 in FLUX.1, CLIP-G in SDXL and SD3)."),
+            "text_encoder_3": wires.choice(texts, "A file in place of its text_encoder_3 (T5 in SD3)."),
+            "components": wires.choice([OWN, *places.diffusers_folders()], "For a single file: the diffusers folder of its family that has the "
+                                       "configurations, the tokenizers, and the weights that no file gives."),
+            "prompt_cache": wires.choice(list(policies.PROMPT_CACHES), "Where encoded prompts are kept. disk: in the output folder too, for the next run."),
         }}
 
     @classmethod
-    def VALIDATE_INPUTS(cls, policy):
-        return (policy is not None and policies.problem(policy)) or True
+    def VALIDATE_INPUTS(cls, policy, vae=OWN, text_encoder=OWN, text_encoder_2=OWN, text_encoder_3=OWN, components=OWN):
+        given = (policy, vae, text_encoder, text_encoder_2, text_encoder_3, components)
+        return (None not in given and policies.problem(policy, _parts(*given[1:]))) or True
 
-    def load(self, policy: str, dtype: str):
-        return (policies.load(policy, dtype),)
+    def load(self, policy: str, dtype: str, vae=OWN, text_encoder=OWN, text_encoder_2=OWN, text_encoder_3=OWN, components=OWN, prompt_cache="memory"):
+        return (policies.load(policy, dtype, _parts(vae, text_encoder, text_encoder_2, text_encoder_3, components), prompt_cache),)
+
+
+def _parts(*names: str) -> places.Parts:
+    return places.Parts(**{part: "" if name == OWN else name for part, name in zip(PARTS, names)})

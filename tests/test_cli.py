@@ -252,7 +252,7 @@ empty:
     paths = ModelPaths(tmp_path / "models")
     paths.read(file)
     assert paths.folders("loras") == [tmp_path / "store/a", tmp_path / "models/loras", tmp_path / "b"]
-    assert paths.folders("text_encoders") == [tmp_path / "store/more/clip", tmp_path / "store/clip", tmp_path / "models/text_encoders"]
+    assert paths.folders("text_encoders") == [tmp_path / "store/more/clip", tmp_path / "store/clip", tmp_path / "models/text_encoders", tmp_path / "models/clip"]
     assert paths.folders("diffusers") == [tmp_path / "models/diffusers", Path("/elsewhere")]
     assert paths.folders("checkpoints") == [tmp_path / "models/checkpoints"]
 

@@ -21,7 +21,7 @@ class ModelPaths:
     def folders(self, kind: str) -> list[Path]:
         """The folders of a kind, by its present name or an old one."""
         kind = _RENAMED.get(kind, kind)
-        return list(self._folders.get(kind, [self.models / kind]))
+        return list(self._folders.get(kind, [self.models / kind, *(self.models / old for old, new in _RENAMED.items() if new == kind)]))
 
     def add(self, kind: str, folder: Path, first: bool = False) -> None:
         """Adds a folder last, or `first`; one that is there already stays where it is, unless it is to be first."""

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import importlib
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .. import headers
+from ..embedded import POLICIES as EMBEDDED
 from ..errors import RunError
 from ..quiet import quiet_loading
-from ..workflow.host import host
+from . import places, recognise
+from .places import Parts
 
 if TYPE_CHECKING:
     from .base import Policy
@@ -17,61 +19,120 @@ if TYPE_CHECKING:
 FAMILIES: dict[str, tuple[str, str]] = {
     # `_class_name` of a diffusers folder's model_index.json -> (module, class)
     "FluxPipeline": ("flux", "Flux"),
+    "FluxKontextPipeline": ("flux", "FluxKontext"),
+    "Flux2Pipeline": ("flux2", "Flux2"),
+    "Flux2KleinPipeline": ("flux2", "Flux2Klein"),
+    "HunyuanVideoPipeline": ("hunyuan_video", "HunyuanVideo"),
+    "HunyuanSkyreelsImageToVideoPipeline": ("skyreels", "SkyReels"),
+    "LTXPipeline": ("ltx", "LTX"),
+    "LTXImageToVideoPipeline": ("ltx", "LTXImageToVideo"),
+    "StableDiffusion3Pipeline": ("sd3", "StableDiffusion3"),
+    "StableDiffusionPipeline": ("stable_diffusion", "StableDiffusion"),
+    "StableDiffusionXLPipeline": ("stable_diffusion", "StableDiffusionXL"),
+    "QwenImagePipeline": ("qwen_image", "QwenImage"),
+    "QwenImageEditPipeline": ("qwen_image", "QwenImageEdit"),
+    "QwenImageEditPlusPipeline": ("qwen_image", "QwenImageEditPlus"),
+    "ZImagePipeline": ("z_image", "ZImage"),
+    "WanPipeline": ("wan", "Wan"),
+    "WanImageToVideoPipeline": ("wan", "WanImageToVideo"),
 }
-EMBEDDED = "embedded"
 DTYPES = ("float32", "bfloat16", "float16")
-KINDS = ("diffusers", "checkpoints", "diffusion_models")  # model folders that are searched, in this order
+PROMPT_CACHES = ("memory", "disk")
 
 
 def available() -> list[str]:
-    """Names that `load` takes: the embedded policy, and every diffusers folder in the model folders."""
-    names = {name for kind in KINDS for name in host().list_models(kind)
-             if (path := host().find_model(kind, name)) and (path / "model_index.json").is_file()}
-    return [EMBEDDED, *sorted(names)]
+    """Names that `load` takes: the embedded policies, diffusers folders, hub ids in the cache, and single files."""
+    return [*EMBEDDED, *places.diffusers_folders(), *places.single_files("checkpoints", "diffusion_models")]
 
 
-def problem(name: str) -> str | None:
-    """Why `load(name)` would fail, in one line, found without loading anything; None when it would not."""
+def problem(name: str, parts: Parts = Parts()) -> str | None:
+    """Why `load(name)` would fail, in one line, as far as it is found without loading anything; None where nothing is."""
     try:
-        _family(find(name))
+        path, given = find(name), parts.files()
+        _resolve(path, parts)
+        for component in places.components(path) if path.is_dir() and path not in EMBEDDED.values() else ():
+            if component not in given and (missing := places.weights_missing(path, component)):
+                return f'input "policy": found {path}, and {missing}'
     except RunError as error:
         return str(error)
     return None
 
 
 def find(name: str) -> Path:
-    """The diffusers folder of a policy. Raises `RunError` naming the folders searched."""
-    if name == EMBEDDED:
-        from ..embedded import POLICY
-        return POLICY
-    for kind in KINDS:
-        if path := host().find_model(kind, name):
-            return path
-    searched = ", ".join(str(folder) for kind in KINDS for folder in host().model_folders(kind))
-    raise RunError(f'input "policy": found {name!r}, which is in none of the folders searched ({searched})')
+    """The diffusers folder, or the single file, of a policy. Raises `RunError` naming the folders searched."""
+    return EMBEDDED.get(name) or places.policy(name)
+
+
+def _resolve(path: Path, parts: Parts) -> tuple[tuple[str, str], list[Path]]:
+    """The family's (module, class), and the diffusers folders whose configurations may be that of `path`: itself, or a file's."""
+    if path.is_dir():
+        if parts.components:
+            raise RunError(f'input "components": found {parts.components!r}, accepted beside a diffusers folder: nothing, it has its own')
+        return _family(path), [path]
+    if path.suffix != places.SUFFIX:
+        raise RunError(f'input "policy": found {path}, accepted: a diffusers folder, or a {places.SUFFIX} file')
+    known = [name for name in recognise.pipelines(headers.read(path), path) if name in FAMILIES]
+    if not known:
+        raise RunError(f'input "policy": found {path}, a file of {recognise.pipelines(headers.read(path), path)[0]}, which is not supported yet')
+    if parts.components:
+        folder = places.policy(parts.components)
+        if _named(folder) not in known:
+            raise RunError(f'input "components": found {folder} of {_named(folder)}, accepted for {path.name}: a diffusers folder of {" or ".join(known)}')
+        return _family(folder), [folder]
+    found = [folder for folder in map(places.policy, places.diffusers_folders()) if (places.index(folder).get("_class_name")) in known]
+    if not found:
+        raise RunError(f'input "policy": found {path}, a file of {" or ".join(known)}, and its configurations and tokenizers are nowhere; accepted: '
+                       f"beside it a diffusers folder of that pipeline (its weights may be left out) in {places.searched(places.KINDS)}")
+    found.sort(key=lambda folder: known.index(_named(folder)))
+    return _family(found[0]), found
+
+
+def _named(folder: Path) -> str:
+    """The pipeline class that a diffusers folder names. Raises `RunError` where it names none."""
+    accepted = "accepted: a diffusers folder of " + ", ".join(FAMILIES)
+    if not (folder / places.INDEX).is_file():
+        raise RunError(f'input "policy": found {folder}, which has no {places.INDEX}; {accepted}')
+    try:
+        name = places.index(folder)["_class_name"]
+    except (ValueError, KeyError):
+        name = None
+    if not isinstance(name, str):
+        raise RunError(f'input "policy": found {folder / places.INDEX}, which names no pipeline class; {accepted}')
+    return name
 
 
 def _family(folder: Path) -> tuple[str, str]:
-    index = folder / "model_index.json"
-    accepted = "accepted: a diffusers folder of " + ", ".join(FAMILIES)
-    if not index.is_file():
-        raise RunError(f'input "policy": found {folder}, which has no model_index.json; {accepted}')
-    try:
-        components = json.loads(index.read_text(encoding="utf-8"))
-        name = components["_class_name"]
-        libraries = {value[0] for value in components.values() if isinstance(value, list) and value[0]}
-    except (ValueError, KeyError, TypeError, IndexError):
-        raise RunError(f'input "policy": found {index}, which names no pipeline class; {accepted}') from None
-    if not isinstance(name, str) or name not in FAMILIES:
-        raise RunError(f'input "policy": found {name} in {index}, a family that is not known; {accepted}')
-    if odd := libraries - {"diffusers", "transformers"}:  # diffusers would import code of that name from the folder
-        raise RunError(f'input "policy": found the library {odd.pop()!r} in {index}, accepted: diffusers and transformers')
+    name = _named(folder)
+    if name not in FAMILIES:
+        raise RunError(f'input "policy": found {name} in {folder / places.INDEX}, a family that is not known; '
+                       f'accepted: a diffusers folder of {", ".join(FAMILIES)}')
+    libraries = {value[0] for value in places.index(folder).values() if isinstance(value, list) and value and value[0]}
+    if odd := libraries - {"diffusers", "transformers", "stable_diffusion"}:  # diffusers would import code of that name from the folder
+        raise RunError(f'input "policy": found the library {odd.pop()!r} in {folder / places.INDEX}, accepted: diffusers and transformers')
     return FAMILIES[name]
 
 
-def load(name: str, dtype: str = "float32") -> Policy:
+def load(name: str, dtype: str = "float32", parts: Parts = Parts(), prompt_cache: str = "memory") -> Policy:
     """Loads a policy's weights, frozen, onto this process's device. Raises `RunError` where `problem` names one."""
-    folder = find(name)
-    module, cls = _family(folder)
+    if line := problem(name, parts):
+        raise RunError(line)
+    path, given = find(name), parts.files()
+    _, folders = _resolve(path, parts)
     with quiet_loading():
-        return getattr(importlib.import_module(f".{module}", __name__), cls).load(name, folder, dtype)
+        components = {}
+        if path.is_file() or given:
+            import torch
+
+            from .. import processes
+            from . import single_file
+
+            with processes.outside_inference_mode():
+                of = getattr(torch, dtype)
+                if path.is_file():
+                    folders[0], components = single_file.load(path, folders, given, of)
+                else:
+                    components = {component: single_file.separate(path, component, file, of) for component, file in given.items()}
+        module, cls = _family(folders[0])
+        policy = getattr(importlib.import_module(f".{module}", __name__), cls).load(name, folders[0], dtype, **components)
+    policy.sources, policy.prompt_cache = (path, folders[0], *given.values()), prompt_cache
+    return policy

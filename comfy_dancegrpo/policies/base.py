@@ -11,7 +11,8 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
-from .. import processes
+from .. import embedded, processes
+from ..errors import RunError
 from ..grpo.protocol import NEGATIVE, Conditioning, SamplingPlan, Size, TimeGrid
 from ..workflow.host import host
 
@@ -23,7 +24,7 @@ class Policy(abc.ABC):
 
     name: as the workflow names it. process: "flow" or "diffusion". classifier_free: whether guidance is a second call without
     the prompt (and not an input of the model). lora_targets: choices of modules that take a LoRA, by name, as regular
-    expressions. lora_layout: the key names of its LoRA files, one of `lora.layouts`.
+    expressions. lora_layout: the key names of its LoRA files, one of `lora.layouts`. load_options: more for the pipeline's `from_pretrained`.
     """
 
     process = "flow"
@@ -31,20 +32,22 @@ class Policy(abc.ABC):
     lora_layout = "diffusers"
     lora_targets: dict[str, str]
     pipeline_class: type
+    load_options: dict = {}
+    sources: tuple[Path, ...] = ()  # the folders and files that it was loaded from
+    prompt_cache = "memory"
 
     def __init__(self, name: str, pipeline, dtype: torch.dtype):
         self.name, self.pipeline, self.dtype = name, pipeline, dtype
-        for module in pipeline.components.values():
-            if isinstance(module, torch.nn.Module):
-                module.requires_grad_(False).eval()
+        for module in self.modules:
+            module.requires_grad_(False).eval()
 
     @classmethod
-    def load(cls, name: str, folder: Path, dtype: str) -> Policy:
-        """From a diffusers folder; safetensors only, nothing is downloaded."""
+    def load(cls, name: str, folder: Path, dtype: str, **components) -> Policy:
+        """From a diffusers folder; safetensors only, nothing is downloaded. components: take the place of the folder's own."""
         with processes.outside_inference_mode():
             torch_dtype = getattr(torch, dtype)
-            pipeline = cls.pipeline_class.from_pretrained(
-                folder, local_files_only=True, use_safetensors=True, **{_DTYPE_ARGUMENT: torch_dtype})
+            options = cls.load_options | embedded.shared(folder, torch_dtype) | components
+            pipeline = from_folder(cls.pipeline_class, folder, torch_dtype, **options)
             pipeline.set_progress_bar_config(disable=True)
             policy = cls(name, pipeline, torch_dtype)
         host().load(policy)
@@ -55,6 +58,11 @@ class Policy(abc.ABC):
         if device != self.device:
             with processes.outside_inference_mode():
                 self.pipeline.to(device)
+
+    @property
+    def modules(self) -> list[torch.nn.Module]:
+        """All that `to` moves."""
+        return [m for m in self.pipeline.components.values() if isinstance(m, torch.nn.Module)]
 
     @property
     def denoiser(self) -> torch.nn.Module:
@@ -89,6 +97,10 @@ class Policy(abc.ABC):
             tensors = {**tensors, **{NEGATIVE + name: value for name, value in self.encode_negative(prompts, size).items()}}
         return Conditioning(tensors)
 
+    def pipeline_options(self) -> dict:
+        """What the pipeline itself must be called with besides, to draw as `encode` and `denoise` do."""
+        return {}
+
     # -- the time grid ----------------------------------------------------------------------------------------------
     def time_grid(self, steps: int, shift: float, size: Size) -> TimeGrid:
         """Sigmas of `steps` steps. With a shift s, linspace(1, 0, T + 1) shifted by s t / (1 + (s - 1) t) (arXiv 2403.03206,
@@ -104,6 +116,12 @@ class Policy(abc.ABC):
         """The family's scheduler, its timesteps set as its pipeline sets them."""
         scheduler = type(self.pipeline.scheduler).from_config(self.pipeline.scheduler.config)
         scheduler.set_timesteps(steps, device=self.device)
+        return scheduler
+
+    def schedule_by_tokens(self, steps: int, tokens: int):
+        """The same for pipelines that give linspace(1, 1 / T, T), and mu for the number of latent tokens, to their schedulers."""
+        scheduler = type(self.pipeline.scheduler).from_config(self.pipeline.scheduler.config)
+        scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), mu=dynamic_shift(scheduler, tokens), device=self.device)
         return scheduler
 
     # -- pictures ---------------------------------------------------------------------------------------------------
@@ -138,6 +156,19 @@ class Policy(abc.ABC):
         """As `Denoiser.decode`."""
 
 
+def from_folder(pipeline_class: type, folder: Path, dtype: torch.dtype, **options):
+    """A pipeline of diffusers, from safetensors on this machine alone."""
+    return pipeline_class.from_pretrained(folder, local_files_only=True, use_safetensors=True, **{_DTYPE_ARGUMENT: dtype}, **options)
+
+
+def dynamic_shift(scheduler, tokens: int, max_shift: float = 1.15) -> float:
+    """mu of a scheduler that shifts by size: linear in the number of latent tokens. max_shift: where its configuration has none."""
+    from diffusers.pipelines.flux.pipeline_flux import calculate_shift  # other families' pipelines hold copies of it
+
+    defaults = {"base_image_seq_len": 256, "max_image_seq_len": 4096, "base_shift": 0.5, "max_shift": max_shift}
+    return calculate_shift(tokens, *(scheduler.config.get(name, value) for name, value in defaults.items()))
+
+
 def multiple_of(size: Size, pixels: int, frames: int = 1) -> None:
     """Raises `ValueError` unless height and width are multiples of `pixels`, and frames one more than a multiple of `frames`."""
     if size.height % pixels or size.width % pixels or (size.frames - 1) % frames:
@@ -150,3 +181,11 @@ def pictures(pixels: Tensor) -> Tensor:
     float32 in 0..1."""
     shown = (pixels.float() / 2 + 0.5).clamp(0, 1).movedim(1, -1)
     return shown[:, 0] if shown.ndim == 5 and shown.shape[1] == 1 else shown
+
+
+def reference(prompt: str, policy: str):
+    """The prompt's picture, a PIL image, RGB. Raises `RunError` when it has none."""
+    if getattr(prompt, "picture", None) is None:
+        raise RunError(f"found the prompt {str(prompt)!r} without a picture, accepted by {policy!r}: prompts with one each "
+                       '(a .jsonl file of {"prompt": ..., "image": "path"})')
+    return prompt.picture.image()

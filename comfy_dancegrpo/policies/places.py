@@ -1,0 +1,147 @@
+"""Where policies and their parts are on this machine: diffusers folders, the Hugging Face cache, single files. No network is asked."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from .. import headers
+from ..errors import RunError
+from ..workflow.host import host
+
+KINDS = ("diffusers", "checkpoints", "diffusion_models")  # model folders that are searched, in this order
+SUFFIX = ".safetensors"
+INDEX = "model_index.json"
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_WITHOUT_WEIGHTS = re.compile(r"Tokenizer|Processor|Scheduler|FeatureExtractor")  # in the names of classes
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Files in place of a policy's own parts, by their names in the model folders; "" takes the policy's own.
+
+    components: the diffusers folder from which a single file takes what is not in it; "" takes one that fits.
+    """
+
+    vae: str = ""
+    text_encoder: str = ""
+    text_encoder_2: str = ""
+    text_encoder_3: str = ""
+    components: str = ""
+
+    def files(self) -> dict[str, Path]:
+        """The given files by component. Raises `RunError` for one that is nowhere."""
+        found = {}
+        for component in ("vae", "text_encoder", "text_encoder_2", "text_encoder_3"):
+            if name := getattr(self, component):
+                found[component] = _file("vae" if component == "vae" else "text_encoders", name, component)
+        return found
+
+
+def _file(kind: str, name: str, input: str) -> Path:
+    path = host().find_model(kind, name)
+    if path is None or not path.is_file():
+        raise RunError(f'input "{input}": found {name!r}, which is in none of the folders searched ({searched([kind])})')
+    return path
+
+
+def searched(kinds) -> str:
+    """The folders of these kinds, in words."""
+    return ", ".join(str(folder) for kind in kinds for folder in host().model_folders(kind))
+
+
+def policy(name: str) -> Path:
+    """The diffusers folder, or the single file, of that name. Raises `RunError` naming the folders searched."""
+    for kind in KINDS:
+        if path := host().find_model(kind, name):
+            return path
+    if path := cached(name):
+        return path
+    cache = f", and the Hugging Face cache {_cache()}" if _HUB_NAME.fullmatch(name) else ""
+    raise RunError(f'input "policy": found {name!r}, which is in none of the folders searched ({searched(KINDS)}{cache})'
+                   + ("; nothing is downloaded" if cache else ""))
+
+
+def diffusers_folders() -> list[str]:
+    """The names of diffusers folders: those directly in the model folders, then the hub ids in the cache."""
+    names = {name for kind in KINDS for name in host().list_models(kind)
+             if (path := host().find_model(kind, name)) and (path / INDEX).is_file()}
+    return sorted(names) + hub_names()
+
+
+def single_files(*kinds: str) -> list[str]:
+    """The names of .safetensors files in the folders of these kinds and below, without those that belong to a diffusers folder."""
+    found = set()
+    for top in (folder for kind in kinds for folder in host().model_folders(kind)):
+        for folder, below, names in os.walk(top, followlinks=True):
+            if INDEX in names:
+                below.clear()
+                continue
+            below[:] = [name for name in below if not name.startswith(".")]
+            found |= {(Path(folder) / name).relative_to(top).as_posix() for name in names
+                      if name.endswith(SUFFIX) and not name.startswith(".")}
+    return sorted(found)
+
+
+# -- the Hugging Face cache ---------------------------------------------------------------------------------------------------
+def _cache() -> Path:
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HUB_CACHE)
+
+
+def cached(name: str) -> Path | None:
+    """The folder of a hub id ("org/name") in the cache: the snapshot that its main branch was at when it was downloaded."""
+    if not _HUB_NAME.fullmatch(name) or ".." in name:
+        return None
+    repository = _cache() / f"models--{name.replace('/', '--')}"
+    try:
+        snapshot = repository / "snapshots" / (repository / "refs" / "main").read_text(encoding="utf-8").strip()
+    except OSError:
+        return None
+    return snapshot if (snapshot / INDEX).is_file() else None
+
+
+def hub_names() -> list[str]:
+    """The hub ids of diffusers pipelines in the cache."""
+    folders = sorted(_cache().glob("models--*--*")) if _cache().is_dir() else []
+    names = (folder.name.removeprefix("models--").replace("--", "/", 1) for folder in folders)
+    return [name for name in names if cached(name)]
+
+
+# -- what a diffusers folder holds ----------------------------------------------------------------------------------------
+def index(folder: Path) -> dict:
+    """Its model_index.json. Raises `ValueError` or `OSError` where that is none."""
+    found = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+    if not isinstance(found, dict):
+        raise ValueError("not an object")
+    return found
+
+
+def weights_missing(folder: Path, component: str) -> str | None:
+    """What is missing of a component's weights, or damaged, in words; None where all is there, or it has none."""
+    value = index(folder)[component]
+    if component == "safety_checker" or _WITHOUT_WEIGHTS.search(str(value[1])):  # no policy takes the former
+        return None
+    inside = folder / component
+    files = set(inside.glob(f"*{SUFFIX}"))
+    for listing in inside.glob(f"*{SUFFIX}.index.json"):
+        files |= {inside / name for name in json.loads(listing.read_text(encoding="utf-8"))["weight_map"].values()}
+    if not files:
+        return f"{inside} has no {SUFFIX} file"
+    for path in sorted(files):
+        if not path.is_file():
+            return f"{path} is missing"
+        try:
+            headers.read(path)
+        except RunError as error:
+            return str(error)
+    return None
+
+
+def components(folder: Path) -> list[str]:
+    """The names of a folder's components."""
+    return [name for name, value in index(folder).items() if isinstance(value, list) and value and value[0]]
