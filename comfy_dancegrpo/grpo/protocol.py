@@ -75,6 +75,10 @@ class TimeGrid:
     def steps(self) -> int:
         return len(self.timesteps)
 
+    def levels_at(self, timesteps: Tensor) -> Tensor:
+        """[B]: the level at each of `timesteps` [B], which are some of the grid's."""
+        return self.levels[(self.timesteps == timesteps[:, None]).int().argmax(1)]
+
 
 class Denoiser(Protocol):
     """A model family as the algorithm sees it."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib
 from types import ModuleType
 
-LAYOUTS = ("diffusers",)
+LAYOUTS = ("diffusers", "hunyuan_video", "ltx")
 
 
 def layout(name: str) -> ModuleType:

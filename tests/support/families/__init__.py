@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 
 import numpy as np
+import PIL.Image
 import torch
 from comfy_dancegrpo.grpo.protocol import Size
+from comfy_dancegrpo.prompts import Prompt, Reference
 
 PROMPTS = ("a large red circle in the center on a white background", "a small blue star at the top left")
 
@@ -37,7 +42,8 @@ class Case:
 
     build: makes the pipeline as diffusers saves it; weights keyed by a seed. draw: the pipeline's own pictures, with a first-order
     scheduler on its own sigmas where its own is of a higher order. odd: a size that the family must refuse. lora_keys: regular
-    expressions of which each key of a saved LoRA matches one, as ComfyUI reads them (source beside them).
+    expressions of which each key of a saved LoRA matches one, as ComfyUI reads them (source beside them). for_lora: stands in for the case
+    where a LoRA is loaded, when diffusers reads its names at the published width alone. load_lora: has the pipeline load a LoRA's files.
     """
 
     name: str
@@ -52,6 +58,29 @@ class Case:
     guidance_matters: bool = True
     transition: str = "dance_sde"
     targets: str = "all linear layers"
+    for_lora: Case | None = None
+    load_lora: Callable[[object, list[Path]], None] = lambda pipeline, paths: pipeline.load_lora_weights(*paths)
+
+
+def draw_video(pipeline, asked: Drawing, **more) -> np.ndarray:
+    """By a video pipeline: [N, F, H, W, 3] in 0..1."""
+    return pipeline(prompt=list(asked.prompts), latents=asked.latents, height=asked.size.height, width=asked.size.width,
+                    num_frames=asked.size.frames, num_inference_steps=asked.steps, output_type="np",
+                    **{"guidance_scale": asked.guidance_scale, **more}).frames
+
+
+def draw_video_of_picture(pipeline, asked: Drawing, **more) -> np.ndarray:
+    """The same by a pipeline that takes one prompt and its picture a call."""
+    singles = [dataclasses.replace(asked, prompts=asked.prompts[i: i + 1], latents=asked.latents[i: i + 1]) for i in range(len(asked.prompts))]
+    return np.concatenate([draw_video(pipeline, one, image=one.prompts[0].picture.image(), **more) for one in singles])
+
+
+def pictured() -> tuple[Prompt, ...]:
+    """The prompts, each with a picture of its own."""
+    def picture(seed: int) -> PIL.Image.Image:
+        return PIL.Image.fromarray(np.random.default_rng(seed).integers(0, 256, (5, 6, 3), dtype=np.uint8))
+
+    return tuple(Prompt(text, Reference(f"picture {i}", str(i), partial(picture, i))) for i, text in enumerate(PROMPTS))
 
 
 def cases() -> list[Case]:
