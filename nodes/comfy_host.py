@@ -38,7 +38,7 @@ class ComfyHost(host.Host):
         self._runs: dict[str, Path] = {}  # the last run of each Loop End
         self._running_node: str | None = None
         self._previews = host.Previews()
-        self._patchers: weakref.WeakKeyDictionary[Any, PolicyPatcher] = weakref.WeakKeyDictionary()
+        self._patchers: weakref.WeakKeyDictionary[Any, WholePatcher] = weakref.WeakKeyDictionary()
         for kind in ("diffusers", "reward_models"):
             if kind not in folder_paths.folder_names_and_paths:
                 folder_paths.add_model_folder_path(kind, str(Path(folder_paths.models_dir) / kind))
@@ -80,10 +80,12 @@ class ComfyHost(host.Host):
     def device(self) -> Any:
         return comfy.model_management.get_torch_device()
 
-    def load(self, policy: Any) -> None:
-        if policy not in self._patchers:
-            self._patchers[policy] = PolicyPatcher.of(policy)
-        comfy.model_management.load_models_gpu([self._patchers[policy]], force_full_load=True)
+    def load(self, model: Any) -> None:
+        if not model.modules:  # a reward that only measures
+            return
+        if model not in self._patchers:
+            self._patchers[model] = WholePatcher.of(model)
+        comfy.model_management.load_models_gpu([self._patchers[model]], force_full_load=True)
 
     def around(self, node_class: type) -> contextlib.AbstractContextManager:
         ours = node_class.__module__.startswith("comfy_dancegrpo.")
@@ -165,18 +167,18 @@ class ComfyHost(host.Host):
             server.send_sync(event, {**data, "prompt_id": context.prompt_id}, server.client_id)
 
 
-class PolicyPatcher(comfy.model_patcher.ModelPatcher):
-    """A policy in ComfyUI's list of loaded models, so that training and other models share one GPU.
+class WholePatcher(comfy.model_patcher.ModelPatcher):
+    """A policy or a reward in ComfyUI's list of loaded models, so that training and other models share one GPU.
 
     It is moved whole or not at all, and never cast or patched: an optimizer holds the very parameters of its adapter.
     """
 
     @classmethod
-    def of(cls, policy: Any) -> PolicyPatcher:
-        modules = torch.nn.ModuleList(m for m in policy.pipeline.components.values() if isinstance(m, torch.nn.Module))
-        modules.device = policy.device
+    def of(cls, model: Any) -> WholePatcher:
+        modules = torch.nn.ModuleList(model.modules)
+        modules.device = next(modules.parameters()).device
         patcher = cls(modules, comfy.model_management.get_torch_device(), comfy.model_management.unet_offload_device())
-        patcher.move = weakref.WeakMethod(policy.to)
+        patcher.move = weakref.WeakMethod(model.to)
         return patcher
 
     def loaded_size(self) -> int:
@@ -210,15 +212,31 @@ def apply_lora(model: Any, clip: Any, tensors: dict[str, torch.Tensor], strength
     keys = comfy.lora.model_lora_keys_unet(model.model, {})
     if clip is not None:
         keys = comfy.lora.model_lora_keys_clip(clip.cond_stage_model, keys)
-    patches = comfy.lora.load_lora(comfy.lora_convert.convert_lora(dict(tensors)), keys, log_missing=False)
-    used = {name for patch in patches.values() for name in getattr(patch, "loaded_keys", ())}
-    if left := sorted(tensors.keys() - used):
-        raise RunError(f"the LoRA does not fit this model: {len(left)} of its {len(tensors)} weights find no place, such as {left[0]!r}")
+    lora = comfy.lora_convert.convert_lora(dict(tensors))
+    patches = comfy.lora.load_lora(lora, keys, log_missing=False)
+    modules = [model.model, *([clip.cond_stage_model] if clip is not None else [])]
+    _check_places(lora, patches, {name: value for module in modules for name, value in module.state_dict().items()})
     patched = [x.clone() if x is not None else None for x in (model, clip)]
     for x in patched:
         if x is not None:
             x.add_patches(patches, strength)
     return patched[0], patched[1]
+
+
+def _check_places(lora: dict[str, torch.Tensor], patches: dict[Any, Any], weights: dict[str, torch.Tensor]) -> None:
+    """Raises `RunError` where a tensor finds no weight, or one of another size: ComfyUI would log that, and draw without it."""
+    left = lora.keys() - {name for patch in patches.values() for name in patch.loaded_keys}
+    targets = [((key, None) if isinstance(key, str) else key[:2], patch) for key, patch in patches.items()]
+    left |= {name for (name, _), _ in targets if name not in weights}
+    if left:
+        raise RunError(f"the LoRA does not fit this model: {len(left)} of its {len(lora)} weights find no place, such as {min(left)!r}")
+    for (name, part), patch in targets:
+        weight = weights[name] if part is None else weights[name].narrow(*part)
+        up, down = patch.weights[:2]
+        found, accepted = (len(up), down[0].numel()), (len(weight), weight[0].numel())
+        if found != accepted:
+            raise RunError(f"the LoRA does not fit this model, which is of another size: for {name} found {found[0]} x {found[1]}, "
+                           f"accepted: {accepted[0]} x {accepted[1]}")
 
 
 def activate() -> None:

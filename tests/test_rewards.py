@@ -113,3 +113,26 @@ def test_a_model_that_is_missing_names_the_folders_searched(tmp_path):
     assert str(tmp_path / "reward_models") in str(error.value)
     with use(Host(models=tmp_path)), pytest.raises(RunError):
         rewards.load("clip_score", "../../etc")
+
+
+def test_the_host_decides_where_a_rewards_weights_are_and_is_asked_before_each_scoring():
+    class Weights(torch.nn.Linear):
+        def forward(self, pictures, prompts):
+            return super().forward(pictures[:, 0, 0]).flatten()
+
+    class Moving(Host):
+        asked = 0
+
+        def load(self, model):
+            self.asked += 1
+            super().load(model)
+
+    with torch.inference_mode():
+        reward, measured = Reward("weights", Weights(3, 1)), Reward("measured", lambda pictures, prompts: pictures[:, 0, 0, 0])
+        assert [len(r.modules) for r in (reward, measured)] == [1, 0]
+        with use(Moving()) as moving:
+            for calls in (1, 2):
+                assert reward(torch.zeros(2, 1, 1, 3), ["a", "b"]).shape == (2,) and moving.asked == calls
+            measured(torch.zeros(2, 1, 1, 3), ["a", "b"])
+    reward.to(torch.device("meta"))
+    assert {p.device.type for p in reward.function.parameters()} == {"meta"}

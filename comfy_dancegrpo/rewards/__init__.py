@@ -10,11 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+from .. import processes
 from ..errors import RunError
 from ..quiet import quiet_loading
 from ..workflow.host import host
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 REWARDS: dict[str, tuple[str, str | None]] = {
@@ -26,7 +28,7 @@ EMBEDDED = "embedded"
 
 
 class RewardFunction(Protocol):
-    """One number for each picture; larger is better."""
+    """One number for each picture; larger is better. One with weights is a `torch.nn.Module`: the host decides where they are."""
 
     def __call__(self, pictures: Tensor, prompts: Sequence[str]) -> Tensor:
         """pictures [N, H, W, 3] float32 in 0..1, N prompts; returns [N] float32 on the CPU."""
@@ -40,10 +42,24 @@ class Reward:
     function: RewardFunction
     batch_size: int = 32
 
+    @property
+    def modules(self) -> list[torch.nn.Module]:
+        """All that `to` moves; none for a reward without weights."""
+        import torch
+
+        return [self.function] if isinstance(self.function, torch.nn.Module) else []
+
+    def to(self, device: torch.device) -> None:
+        """Moves the weights."""
+        with processes.outside_inference_mode():
+            for module in self.modules:
+                module.to(device)
+
     def __call__(self, pictures: Tensor | Sequence[Tensor], prompts: Sequence[str]) -> Tensor:
         """[N] float32. Raises `RunError` on a wrong count, and on NaN or infinity with the prompt that got it."""
         import torch
 
+        host().load(self)
         parts = [self._checked(pictures[i: i + self.batch_size], prompts[i: i + self.batch_size])
                  for i in range(0, len(prompts), self.batch_size)]
         return torch.cat(parts)

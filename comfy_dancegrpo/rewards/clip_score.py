@@ -21,21 +21,24 @@ except ImportError:
     from transformers import CLIPImageProcessor
 
 
-def load(folder: Path):
-    with processes.outside_inference_mode():
-        model = CLIPModel.from_pretrained(folder, local_files_only=True, use_safetensors=True)
-        model = model.float().requires_grad_(False).eval().to(processes.device())
-    tokenizer = CLIPTokenizerFast.from_pretrained(folder, local_files_only=True)
-    processor = CLIPImageProcessor.from_pretrained(folder, local_files_only=True)
-    length = model.config.text_config.max_position_embeddings
+class ClipScore(torch.nn.Module):
+    def __init__(self, folder: Path):
+        super().__init__()
+        self.model = CLIPModel.from_pretrained(folder, local_files_only=True, use_safetensors=True).float()
+        self.tokenizer = CLIPTokenizerFast.from_pretrained(folder, local_files_only=True)
+        self.processor = CLIPImageProcessor.from_pretrained(folder, local_files_only=True)
 
     @torch.no_grad()
-    def clip_score(pictures: Tensor, prompts: Sequence[str]) -> Tensor:
+    def forward(self, pictures: Tensor, prompts: Sequence[str]) -> Tensor:
+        device, length = self.model.device, self.model.config.text_config.max_position_embeddings
         # as a saved picture would score: the Pillow processor resizes in 8 bits, and would cut floats down to them
         rounded = [(p.clamp(0, 1) * 255).round().byte().cpu().numpy() for p in pictures]
-        pixels = processor(rounded, return_tensors="pt", input_data_format="channels_last")
-        tokens = tokenizer(list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt")
-        output = model(input_ids=tokens.input_ids.to(model.device), pixel_values=pixels.pixel_values.to(model.device))
+        pixels = self.processor(rounded, return_tensors="pt", input_data_format="channels_last")
+        tokens = self.tokenizer(list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+        output = self.model(input_ids=tokens.input_ids.to(device), pixel_values=pixels.pixel_values.to(device))
         return (output.image_embeds * output.text_embeds).sum(-1)
 
-    return clip_score
+
+def load(folder: Path) -> ClipScore:
+    with processes.outside_inference_mode():
+        return ClipScore(folder).requires_grad_(False).eval()

@@ -64,12 +64,12 @@ class Host:
         """The `torch.device` to run on, where the host decides that; None leaves it to accelerate."""
         return None
 
-    def load(self, policy: Any) -> None:
-        """Brings a policy (`policies.base.Policy`) to its device, before each phase that computes with it: a host where others
-        share the GPU may have moved it away since."""
+    def load(self, model: Any) -> None:
+        """Brings a policy (`policies.base.Policy`) or a reward (`rewards.Reward`) to the device, before each phase that computes
+        with it: a host where others share the GPU may have moved it away since. It has `modules` and `to(device)`."""
         from .. import processes
 
-        policy.to(processes.device())
+        model.to(processes.device())
 
     def lora_saved(self, path: Path) -> None:
         """A run's LoRA is on disk; a host that loads LoRAs makes it known there."""

@@ -164,7 +164,7 @@ def test_other_packs_nodes_in_the_body(comfyui, named):
     assert counts == {"redness under inference mode": 2, "slow under inference mode": 12}
 
 
-def test_a_node_that_evicts_the_policy_changes_nothing(comfyui, named):
+def test_a_node_that_evicts_all_models_changes_nothing(comfyui, named):
     assert ended(comfyui.run(named)) == "execution_success"
     name = name_of(named)
     named["4"]["inputs"]["run_name"] = f"{name}_evicted"
@@ -172,8 +172,15 @@ def test_a_node_that_evicts_the_policy_changes_nothing(comfyui, named):
     named["6"]["inputs"]["rollout"] = ["20", 0]
     before = comfyui.counted()
     assert ended(comfyui.run(named)) == "execution_success"
-    assert comfyui.counted()["evicted 1 policies"] == before.get("evicted 1 policies", 0) + 2
+    counts = {k: v - before.get(k, 0) for k, v in comfyui.counted().items() if k.startswith("evicted") and v != before.get(k, 0)}
+    assert counts == {"evicted the policy": 2, "evicted the reward": 2}  # in the second iteration too: each was loaded again before it computed
     equal(comfyui.output / name / f"lora/{name}.safetensors", comfyui.output / f"{name}_evicted" / f"lora/{name}_evicted.safetensors")
+
+
+def test_a_reward_leaves_the_device_when_comfyui_makes_room(comfyui):
+    messages = comfyui.run({"1": {"class_type": "TestAway", "inputs": {}}})
+    assert ended(messages) == "execution_success"
+    assert of(messages, "executed")[0]["output"] == {"devices": ["cpu", "meta"], "left": [0]}
 
 
 def test_a_fault_in_the_body_is_one_line_that_names_its_node(comfyui, named):

@@ -8,6 +8,8 @@ import comfy.model_management
 import torch
 from comfy_api.latest import io
 
+from . import flux
+
 COUNTS = os.environ["DANCEGRPO_TEST_COUNTS"]
 
 
@@ -69,10 +71,36 @@ class Evict:
         return {"required": {"rollout": ("DANCEGRPO_ROLLOUT",)}}
 
     def evict(self, rollout):
-        known = [type(m.model).__name__ for m in comfy.model_management.current_loaded_models]
-        count(f"evicted {sum('PolicyPatcher' == name for name in known)} policies")
+        for ours in (m.model for m in comfy.model_management.current_loaded_models if type(m.model).__name__ == "WholePatcher"):
+            names = {type(module).__name__ for module in ours.model}
+            count(f"evicted {'the reward' if names == {'ClipScore'} else 'the policy' if 'AutoencoderKL' in names else names}")
         comfy.model_management.unload_all_models()
         return (rollout,)
+
+
+class Away:
+    """V1: whether a reward leaves its device when ComfyUI makes room; on the CPU alone there is no other, so it is sent to "meta"."""
+
+    RETURN_TYPES, FUNCTION, CATEGORY, OUTPUT_NODE = (), "look", "test", True
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {}}
+
+    def look(self):
+        from comfy_dancegrpo.rewards import Reward
+
+        with torch.inference_mode(False):
+            weights = torch.nn.Linear(3, 1)
+        weights.forward = lambda pictures, prompts: pictures[:, 0, 0, 0]
+        reward = Reward("weights", weights)
+        reward(torch.zeros(2, 1, 1, 3), ["a", "b"])
+        before = str(weights.weight.device)
+        known = comfy.model_management.current_loaded_models
+        patcher, = (m.model for m in known if type(m.model).__name__ == "WholePatcher" and weights in m.model.model.modules())
+        patcher.offload_device = torch.device("meta")
+        comfy.model_management.unload_all_models()
+        return {"ui": {"devices": [before, str(weights.weight.device)], "left": [len(known)]}}
 
 
 def watch():
@@ -87,4 +115,5 @@ def watch():
 
 
 watch()
-NODE_CLASS_MAPPINGS = {"TestRedness": Redness, "TestSum": Sum, "TestSlowDouble": Slow, "TestEvict": Evict}
+NODE_CLASS_MAPPINGS = {"TestRedness": Redness, "TestSum": Sum, "TestSlowDouble": Slow, "TestEvict": Evict, "TestAway": Away,
+                       **flux.NODE_CLASS_MAPPINGS}
