@@ -23,12 +23,13 @@ class Policy(abc.ABC):
     """A loaded base model, its weights frozen. A family implements `encode`, `latent_shape`, `denoise` and `decode`.
 
     name: as the workflow names it. process: "flow" or "diffusion". classifier_free: whether guidance is a second call without
-    the prompt (and not an input of the model). lora_targets: choices of modules that take a LoRA, by name, as regular
-    expressions. lora_layout: the key names of its LoRA files, one of `lora.layouts`. load_options: more for the pipeline's `from_pretrained`.
+    the prompt (and not an input of the model), with `negative_text`. lora_targets: choices of modules that take a LoRA, by name, as
+    regular expressions. lora_layout: the key names of its LoRA files, one of `lora.layouts`. load_options: more for the pipeline's `from_pretrained`.
     """
 
     process = "flow"
     classifier_free = False
+    negative_text = ""
     lora_layout = "diffusers"
     lora_targets: dict[str, str]
     pipeline_class: type
@@ -87,8 +88,9 @@ class Policy(abc.ABC):
         """
 
     def encode_negative(self, prompts: list[str], size: Size) -> dict[str, Tensor]:
-        """The same for the side that guidance leads away from: an empty prompt, beside the same reference picture."""
-        return self.encode([prompt.with_text("") if hasattr(prompt, "with_text") else "" for prompt in prompts], size)
+        """The same for the side that guidance leads away from: `negative_text`, beside the same reference picture."""
+        text = self.negative_text
+        return self.encode([prompt.with_text(text) if hasattr(prompt, "with_text") else text for prompt in prompts], size)
 
     def condition(self, prompts: list[str], size: Size) -> Conditioning:
         """Both sides of guidance for each prompt, one row a prompt."""

@@ -23,7 +23,7 @@ def arguments(policy: Policy, prompt: str, size: Size, steps: int, guidance_scal
         "true_cfg_scale" if true_cfg else "guidance_scale": guidance_scale, **policy.pipeline_options(),
     }
     if policy.classifier_free:
-        given["negative_prompt"] = ""
+        given["negative_prompt"] = policy.negative_text
     if getattr(prompt, "picture", None) is not None:
         given["image"] = prompt.picture.image()
     return {name: value for name, value in given.items() if name in takes}
