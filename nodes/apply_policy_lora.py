@@ -19,7 +19,7 @@ class ApplyPolicyLora:
     def INPUT_TYPES(cls):
         return {"required": {
             "model": wires.socket("MODEL", "Of the same family as the policy that was trained."),
-            "lora": wires.socket(wires.LORA, "From Loop End."),
+            "lora": wires.socket(wires.LORA, "From Loop End, or Load Policy LoRA."),
             "strength": wires.number(1.0, -20.0, 20.0, "1 is the policy as it was trained, 0 the base model."),
         }, "optional": {"clip": wires.socket("CLIP", "Passed through, and patched where the LoRA has weights for it.")}}
 

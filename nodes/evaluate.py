@@ -22,7 +22,7 @@ class Evaluate:
         reward = "Scored before and after; its figures go into the run's summary.json."
         return {"required": {
             "policy": wires.socket(wires.POLICY, "From Load Policy."),
-            "lora": wires.socket(wires.LORA, "From Loop End."),
+            "lora": wires.socket(wires.LORA, "From Loop End, or Load Policy LoRA."),
             "prompts": wires.socket(wires.PROMPTS, "Prompts that were not trained on."),
             "reward": wires.socket(wires.REWARD, reward),
             "steps": wires.integer(16, 1, 1000, "Denoising steps."),
@@ -55,9 +55,9 @@ class Evaluate:
         plan = SamplingPlan(policy.time_grid(steps, shift, size), evaluate.NOISELESS[policy.process], 0.0, guidance_scale, size)
         host().load(policy)
         found = evaluate.evaluate(policy, lora, prompts.prompts, rewards, plan, noise_seed, batch_size, samples_per_prompt)
-        folder = RunFolder(lora.folder)
         host().say(f"Evaluate: without the LoRA, and with {'its moving average' if lora.averaged else 'it'} after {lora.iterations} iterations")
-        folder.add_evaluations(str(unique_id), {comparison.reward: comparison.summary() for comparison in found.comparisons})
+        if lora.folder is not None:  # one that was loaded from a file is of no run here
+            RunFolder(lora.folder).add_evaluations(str(unique_id), {comparison.reward: comparison.summary() for comparison in found.comparisons})
         for comparison in found.comparisons:
             host().say(comparison.line())
         grid = pictures.before_after(found, grid_columns, grid_rows)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from comfy_dancegrpo.errors import RunError
 from comfy_dancegrpo.runs.folder import checked_name, name_problem
 from comfy_dancegrpo.workflow.host import host
 
@@ -31,6 +32,8 @@ class SaveLora:
     def save(self, lora, filename: str):
         from comfy_dancegrpo.lora import files
 
+        if lora.folder is None:
+            raise RunError('input "lora": found one that was loaded from a file, accepted: one from Loop End')
         name = checked_name(filename.removesuffix(SUFFIX) or lora.folder.name, "filename")
         path = lora.folder / "lora" / f"{name}{SUFFIX}"
         files.save(lora, path)

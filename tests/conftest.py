@@ -15,7 +15,21 @@ from pathlib import Path
 import pytest
 
 WAIT = 300  # seconds until something is given up that is waited for
-QUICKSTART = Path(__file__).resolve().parent.parent / "workflows" / "quickstart.json"
+WORKFLOWS = sorted((Path(__file__).resolve().parent.parent / "workflows").glob("*.json"))
+QUICKSTART = next(path for path in WORKFLOWS if path.stem == "quickstart")
+
+
+def needs_comfyui(path: Path) -> bool:
+    """Whether a bundled workflow says that it holds nodes of ComfyUI which have no stand-in here."""
+    return "ComfyUI" in json.loads(path.read_text(encoding="utf-8"))["extra"].get("dancegrpo", {}).get("needs", [])
+
+
+def pytest_generate_tests(metafunc):
+    """`bundled`: each bundled workflow. `bundled_here`: each that needs no ComfyUI. `bundled_there`: each other."""
+    for name, paths in (("bundled", WORKFLOWS), ("bundled_here", [p for p in WORKFLOWS if not needs_comfyui(p)]),
+                        ("bundled_there", [p for p in WORKFLOWS if needs_comfyui(p)])):
+        if name in metafunc.fixturenames:
+            metafunc.parametrize(name, paths, ids=lambda path: path.stem)
 
 
 @dataclass(frozen=True)
@@ -105,6 +119,21 @@ _TINY_EVALUATION = {"Held-out Prompts.limit": 4, "Evaluate.steps": 2, "Evaluate.
 
 def _words(values) -> list[str]:
     return [*(word for name, value in values.items() for word in ("--set", f"{name}={value}")), "--iterations", "2"]
+
+
+_TINY_BUNDLED = {
+    # what makes any bundled workflow short, by class type
+    "DanceGRPOLoopStart": {"iterations": 2, "prompts_per_iteration": 2, "micro_batch": 4, "lora_rank": 2},
+    "DanceGRPOGroupSample": {"group_size": 3, "steps": 4}, "DanceGRPOUpdate": {"optimizer_steps": 2},
+    "DanceGRPOPromptSet": {"limit": 4}, "DanceGRPOEvaluate": {"steps": 2, "batch_size": 4, "samples_per_prompt": 1},
+}
+
+
+@pytest.fixture(scope="session")
+def made_tiny():
+    """`made_tiny(prompt)`: the same prompt with inputs that make its run short."""
+    return lambda prompt: {node_id: {**node, "inputs": {**node["inputs"], **_TINY_BUNDLED.get(node["class_type"], {})}}
+                           for node_id, node in prompt.items()}
 
 
 @pytest.fixture(scope="session")

@@ -104,7 +104,9 @@ def test_nodes_are_told_so_that_their_help_pages_are_found(editor):
 
 def test_the_bundled_workflows_are_templates_with_thumbnails(editor, quickstart):
     (pack, names), = editor.get("/workflow_templates").items()
-    assert names == sorted(path.stem for path in quickstart.parent.glob("*.json"))
+    graphs = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in quickstart.parent.glob("*.json")}
+    known = editor.get("/object_info").keys() | {"Note", "MarkdownNote"}
+    assert names == sorted(name for name, graph in graphs.items() if {node["type"] for node in graph["nodes"]} <= known)  # no other would run here
     for name in names:
         assert editor.get(f"/api/workflow_templates/{pack}/{name}.json")["nodes"]
         assert editor.ask("GET", f"/api/workflow_templates/{pack}/{name}.jpg").headers["Content-Type"] == "image/jpeg"

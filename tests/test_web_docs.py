@@ -36,6 +36,7 @@ class Language:
     problems: str
     item: str  # names label, key, facts
     default: str
+    first: str  # where the default is whatever comes first in the list
     empty: str
     optional: str
     any: str
@@ -43,9 +44,9 @@ class Language:
 
 LANGUAGES = {
     "en": Language("{}.md", "Inputs", "Outputs", "When it goes wrong", r"- \*\*(?P<label>(?P<key>\w+))\*\* \((?P<facts>.+?)\): .",
-                   "default {}", "default empty", ", optional", "any type"),
+                   "default {}", "the first of the list", "default empty", ", optional", "any type"),
     "zh": Language("{}/zh.md", "输入", "输出", "常见问题", r"- \*\*(?P<label>.+?)\*\* `(?P<key>\w+)`（(?P<facts>.+?)）：.",
-                   "默认 {}", "默认为空", "，可选", "任意类型"),
+                   "默认 {}", "默认为列表第一项", "默认为空", "，可选", "任意类型"),
 }
 every_page = pytest.mark.parametrize("language, name", [(language, name) for language in LANGUAGES for name in NODES])
 
@@ -81,6 +82,8 @@ def facts(item, words: Language) -> str:
     """What a page must say in brackets of an input: its type, or its default."""
     if not item.is_widget:
         return (words.any if item.type == ANY else item.type) + ("" if item.required else words.optional)
+    if item.choices is not None and "default" not in item.options:
+        return words.first
     default = item.options["default"]
     shown = f"{default:g}" if isinstance(default, float) else str(default)
     return words.default.format(shown) if shown else words.empty

@@ -33,8 +33,8 @@ class LoraSnapshot:
     """An adapter's weights at one moment; never changed afterwards.
 
     tensors: `<denoiser's prefix><module>.lora_A.weight` [r, in] and `<module>.lora_B.weight` [out, r], float32 on the CPU, alpha not folded in.
-    layout: of its file (`lora.layouts`). iterations: trained so far. averaged: whether they are the moving average. folder: of the run that made them.
-    prompts: that it was trained on.
+    layout: of its file (`lora.layouts`). iterations: trained so far. averaged: whether they are the moving average. folder: of the run that made them,
+    None where they were loaded from a file. prompts: that it was trained on, as far as known.
     """
 
     tensors: dict[str, Tensor] = field(repr=False)
@@ -43,7 +43,7 @@ class LoraSnapshot:
     layout: str
     iterations: int
     averaged: bool
-    folder: Path
+    folder: Path | None
     prompts: tuple[str, ...] = field(default=(), repr=False)
 
 

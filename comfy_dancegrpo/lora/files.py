@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
+import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from .. import processes
 from ..atomic import replacing
+from ..errors import RunError
+from ..policies.base import Policy
 from ..workflow.host import host
-from .adapter import LoraSnapshot
+from .adapter import Adapter, LoraSettings, LoraSnapshot
 from .layouts import layout
+
+_MATRICES = (".lora_A.weight", ".lora_B.weight")
+_HEADER = "dancegrpo."
 
 
 def tensors(snapshot: LoraSnapshot) -> dict[str, Tensor]:
@@ -34,3 +43,81 @@ def save(snapshot: LoraSnapshot, path: Path, metadata: dict[str, str] | None = N
     with replacing(path) as beside:
         save_file(tensors(snapshot), beside, metadata=header)
     host().lora_saved(path)
+
+
+def load(path: Path, policy: Policy) -> LoraSnapshot:
+    """A file that `save` wrote, as an adapter on the smallest of the policy's `lora_targets` that holds all of the file's modules.
+
+    A module of that choice that the file lacks gets zeros, and so does what a module's lower rank leaves free. alpha is the rank, since the
+    file has it folded into lora_B. The prompts that it was trained on and the run's folder are not in the file.
+
+    Raises:
+        RunError: it is no such file, or is damaged, or has weights that find no place in the denoiser.
+    """
+    stored, header = _read(path)
+    try:
+        found = layout(policy.lora_layout).from_file({key: value.float() for key, value in stored.items()})
+    except KeyError as error:
+        raise _unfit(path, f"there is no place for {error.args[0]!r}") from None
+    targets, known = _targets({_module(name) for name in found}, policy)
+    if lost := sorted(name for name in found if not name.endswith(_MATRICES) or _module(name) not in known):
+        raise _unfit(path, f"there is no place for {lost[0]!r}")
+    for module in sorted({_module(name) for name in found}):
+        a, b = (found.get(module + matrix) for matrix in _MATRICES)
+        if a is None or b is None or min(a.ndim, b.ndim) < 2 or a.shape[0] != b.shape[1]:
+            raise RunError(f"the LoRA in {path} is damaged: lora_A and lora_B of {module} do not belong together")
+    rank = max(value.shape[0] for name, value in found.items() if name.endswith(_MATRICES[0]))
+    settings = LoraSettings(rank, float(rank), targets)
+    with processes.outside_inference_mode():
+        tensors = {name: _placed(path, name, found.get(name), shape) for name, shape in _shapes(policy, settings).items()}
+    return LoraSnapshot(tensors, settings, header["policy"], policy.lora_layout, int(header["iterations"]), header["averaged"] == "true", None)
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """A file's weights, and of its header what `save` wrote, without "dancegrpo."."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            stored, header = {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise RunError(f"{path} is damaged, or is no safetensors file: {' '.join(str(error).split())}") from error
+    told = {key.removeprefix(_HEADER): value for key, value in header.items() if key.startswith(_HEADER)}
+    if not stored or not {"policy", "averaged"} <= told.keys() or not told.get("iterations", "").isdecimal():
+        raise RunError(f"{path} holds no LoRA of this program, accepted: a file that Save LoRA wrote")
+    return stored, told
+
+
+def _unfit(path: Path, why: str) -> RunError:
+    return RunError(f"the LoRA in {path} does not fit this policy: {why}")
+
+
+def _module(name: str) -> str:
+    return name.rpartition(".lora_")[0]
+
+
+def _targets(modules: set[str], policy: Policy) -> tuple[str, set[str]]:
+    """The choice of `lora_targets` that holds most of these modules (the smallest of several), and all modules that it holds."""
+    names = [(prefix, name) for prefix, denoiser in policy.denoisers.items() for name, _ in denoiser.named_modules()]
+    held = {targets: {prefix + name for prefix, name in names if re.fullmatch(pattern, name)} for targets, pattern in policy.lora_targets.items()}
+    best = min(held, key=lambda targets: (len(modules - held[targets]), len(held[targets])))
+    return best, held[best]
+
+
+def _shapes(policy: Policy, settings: LoraSettings) -> dict[str, torch.Size]:
+    """Of an adapter's parameters, by name."""
+    adapter = Adapter(policy, settings)
+    try:
+        return {name: p.shape for name, p in adapter.parameters.items()}
+    finally:
+        adapter.remove()
+
+
+def _placed(path: Path, name: str, value: Tensor | None, shape: torch.Size) -> Tensor:
+    """A parameter of this shape that begins with the value, its other ranks zero."""
+    whole = torch.zeros(shape)
+    if value is not None:
+        axis = 0 if name.endswith(_MATRICES[0]) else 1
+        part = whole.narrow(axis, 0, value.shape[axis])
+        if part.shape != value.shape:
+            raise _unfit(path, f"{name} is {list(value.shape)} in the one and {list(part.shape)} in the other")
+        part.copy_(value)
+    return whole

@@ -39,7 +39,7 @@ def before_after(evaluation: Evaluation, columns: int = 8, rows: int = 2) -> Ima
     pair_h, left, gap = 2 * (picture_h + 16) + 14 * lines + 14, 52, 8
     sheet = Image.new("RGB", (left + columns * (cell_w + gap) + gap, -(-count // columns) * pair_h + 34), PAPER)
     pen = ImageDraw.Draw(sheet)
-    pen.text((gap, 8), f"the same noise before and after training; scores by {scores.reward}", INK, font)
+    pen.text((gap, 8), f"the same noise before and after training; scores by {scores.line()}", INK, font)
     for k, i in enumerate(picked):
         x, y = left + (k % columns) * (cell_w + gap), 34 + (k // columns) * pair_h
         for name, pictures, values, dy in (("before", evaluation.before, scores.before, 0),

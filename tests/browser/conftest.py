@@ -40,7 +40,8 @@ class EditorPage:
 
     def loaded(self) -> None:
         self.page.wait_for_function("() => window.app?.graph?._nodes?.length > 0")
-        self.page.locator(".dancegrpo-panel").wait_for(state="attached")
+        if self.page.evaluate(f"() => {LOOP_END} !== undefined"):
+            self.page.locator(".dancegrpo-panel").wait_for(state="attached")
         self.page.get_by_test_id("queue-button").wait_for()
 
     def look_at_loop_end(self) -> None:

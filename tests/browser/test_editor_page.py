@@ -9,7 +9,6 @@ pytest.importorskip("aiohttp")
 pytest.importorskip("comfyui_frontend_package")
 pytest.importorskip("playwright.sync_api")
 
-WORKFLOWS = sorted((Path(__file__).resolve().parents[2] / "workflows").glob("*.json"))
 MANY = 2000  # iterations: more than a test waits for
 TINY = {"DanceGRPOLoopStart": {"iterations": MANY, "prompts_per_iteration": 1, "lora_rank": 2, "micro_batch": 4},
         "DanceGRPOGroupSample": {"group_size": 4, "steps": 3}, "DanceGRPOUpdate": {"optimizer_steps": 1},
@@ -35,15 +34,19 @@ def tiny_quickstart(quickstart, tmp_path):
     return path
 
 
-@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
-def test_bundled_workflows_open(path, start_editor, visit, tmp_path):
+def test_bundled_workflows_open(bundled_here, start_editor, visit, tmp_path):
     """No missing node, no error, nothing asked of another host, and no node lies on another."""
-    page = visit(start_editor(tmp_path, opened=path).server.url)
-    saved = json.loads(path.read_text(encoding="utf-8"))
+    saved = json.loads(bundled_here.read_text(encoding="utf-8"))
+    for node in saved["nodes"]:
+        if node["type"] == "DanceGRPOLoadLora":  # the page marks a node whose file is not listed
+            path = tmp_path / "output" / node["widgets_values"][0]
+            path.parent.mkdir(parents=True)
+            path.touch()
+    page = visit(start_editor(tmp_path, opened=bundled_here).server.url)
     shown = page.page.evaluate("() => app.graph._nodes.map((node) => [node.type, node.id, !!node.has_errors, !!node.constructor.nodeData || node.isVirtualNode === true])")
     assert sorted(node["type"] for node in saved["nodes"]) == sorted(kind for kind, *_ in shown)
     assert [node for node in shown if node[2] or not node[3]] == []
-    page.shot(f"open-{path.stem}")
+    page.shot(f"open-{bundled_here.stem}")
     assert page.page.evaluate("""() => {
         const boxes = app.graph._nodes.map((n) => [n.title, n.pos[0], n.pos[1] - 30, n.pos[0] + n.size[0], n.pos[1] + n.size[1]]), found = [];
         for (const a of boxes) for (const b of boxes)

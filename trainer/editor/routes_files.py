@@ -76,7 +76,7 @@ def add(routes: web.RouteTableDef, editor: Editor) -> None:
 
     @routes.get("/workflow_templates")
     async def templates(request: web.Request) -> web.Response:
-        return web.json_response({PACK: sorted(path.stem for path in resource("workflows").glob("*.json"))})
+        return web.json_response({PACK: _offered(bool(editor.nodes.lent))})
 
     @routes.get("/workflow_templates/{pack}/{file}")
     async def template(request: web.Request) -> web.StreamResponse:
@@ -102,6 +102,13 @@ def add(routes: web.RouteTableDef, editor: Editor) -> None:
     @routes.get("/user.css")
     async def style(request: web.Request) -> web.StreamResponse:
         return send_media(path) if (path := path_in(editor.user, "user.css")).is_file() else web.Response(text="", content_type="text/css")
+
+
+def _offered(lent: bool) -> list[str]:
+    """Names of the bundled workflows; those that need ComfyUI's nodes only where it lends them."""
+    needs = {path.stem: json.loads(path.read_text(encoding="utf-8")).get("extra", {}).get("dancegrpo", {}).get("needs", [])
+             for path in resource("workflows").glob("*.json")}
+    return sorted(name for name, needed in needs.items() if lent or "ComfyUI" not in needed)
 
 
 OPENED = "opened"  # the source under which the page fetches the workflow that the editor was started with
