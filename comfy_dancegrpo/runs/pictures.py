@@ -1,8 +1,9 @@
-"""Pictures that a run shows: the before/after grid, the curves, contact sheets."""
+"""Pictures that a run shows: the before/after grid, the curves, contact sheets, animations. Of videos the stills show the middle frame."""
 
 from __future__ import annotations
 
 import textwrap
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,9 +16,22 @@ from .evaluate import Evaluation
 PAPER, INK, FAINT, GOOD, BAD = (255, 255, 255), (30, 30, 30), (120, 120, 120), (20, 130, 60), (190, 40, 40)
 
 
+def to_bytes(pictures: Tensor) -> np.ndarray:
+    """Of any shape in 0..1 to 8 bits."""
+    return (pictures.cpu().float().numpy() * 255).round().clip(0, 255).astype(np.uint8)
+
+
 def to_image(picture: Tensor) -> Image.Image:
-    """[H, W, 3] in 0..1 to 8 bits."""
-    return Image.fromarray((picture.cpu().float().numpy() * 255).round().clip(0, 255).astype(np.uint8))
+    """[H, W, 3] in 0..1 to 8 bits; of a video [F, H, W, 3] its middle frame."""
+    return Image.fromarray(to_bytes(picture if picture.ndim == 3 else picture[len(picture) // 2]))
+
+
+def save_animation(video: Tensor, path: Path, fps: float, longest: int = 512) -> None:
+    """[F, H, W, 3] in 0..1 as a looping WebP, its longer side at most `longest` pixels."""
+    frames = [Image.fromarray(frame) for frame in to_bytes(video)]
+    for frame in frames:
+        frame.thumbnail((longest, longest))
+    frames[0].save(path, "WEBP", save_all=True, append_images=frames[1:], duration=round(1000 / fps), loop=0, quality=80, method=0)
 
 
 def to_tensor(image: Image.Image) -> Tensor:
@@ -30,7 +44,7 @@ def before_after(evaluation: Evaluation, columns: int = 8, rows: int = 2) -> Ima
     count = min(columns * rows, len(evaluation.prompts))
     picked = [i * len(evaluation.prompts) // count for i in range(count)]
     columns = min(columns, count)
-    height, width = evaluation.before.shape[1:3]
+    height, width = evaluation.before.shape[-3:-1]
     zoom = max(1, round(150 / width))
     cell_w, picture_h = max(width * zoom, 96), height * zoom
     font, small = ImageFont.load_default(13), ImageFont.load_default(11)
