@@ -129,7 +129,7 @@ def train_vae(bank: Bank, steps: int, seed: int) -> AutoencoderKL:
         decoded = vae.decode(posterior.sample()).sample
         kl = 0.5 * (posterior.mean.pow(2) + posterior.var - 1 - posterior.logvar).mean()
         loss = F.mse_loss(decoded, crops) + 0.3 * F.l1_loss(decoded, crops) + 3e-4 * kl
-        _apply(loss, [optimizer], [rate], vae.parameters())
+        apply(loss, [optimizer], [rate], vae.parameters())
         log(step, loss.detach())
     latents = encode(vae, bank.pictures[:: bank.copies])
     vae.register_to_config(scaling_factor=1 / latents.std().item(), shift_factor=latents.mean().item())
@@ -170,7 +170,7 @@ def train_reward(bank: Bank, tokenizer: CLIPTokenizer, steps: int, seed: int) ->
         batch = list(dict.fromkeys([*half, *(_neighbour(a, rng) for a in half)]))
         output = model(input_ids=token_ids(tokenizer, [a.caption for a in batch]),
                        pixel_values=_augmented(bank.pictures[bank.rows(batch, rng)]), return_loss=True)
-        _apply(output.loss, [optimizer], [rate], model.parameters())
+        apply(output.loss, [optimizer], [rate], model.parameters())
         model.logit_scale.data.clamp_(max=4.0)
         log(step, output.loss.detach())
     return model.eval()
@@ -255,7 +255,7 @@ def train_flow(pipe: FluxPipeline, bank: Bank, steps: int, seed: int, fast: bool
             img_ids=ids[0], txt_ids=ids[1], return_dict=False,
         )[0]
         loss = F.mse_loss(velocity, noise - x0)
-        _apply(loss, optimizers, rates, trained.parameters())
+        apply(loss, optimizers, rates, trained.parameters())
         beta = min(0.998, (step + 1) / (step + 20))
         with torch.no_grad():
             for a, b in zip(average.parameters(), trained.parameters()):
@@ -269,7 +269,7 @@ def train_flow(pipe: FluxPipeline, bank: Bank, steps: int, seed: int, fast: bool
     return pipe
 
 
-def _apply(loss: torch.Tensor, optimizers: list[torch.optim.Optimizer], rates: list, parameters) -> None:
+def apply(loss: torch.Tensor, optimizers: list[torch.optim.Optimizer], rates: list, parameters) -> None:
     loss.backward()
     torch.nn.utils.clip_grad_norm_(parameters, 1.0)
     for optimizer, rate in zip(optimizers, rates):
@@ -281,17 +281,18 @@ def _apply(loss: torch.Tensor, optimizers: list[torch.optim.Optimizer], rates: l
 # -- the whole ------------------------------------------------------------------------------------------------------
 
 
-def sample(pipe: FluxPipeline, captions: list[str], steps: int, seed: int) -> np.ndarray:
-    """[N, 64, 64, 3] float, 0..1, by the pipeline itself."""
+def sample(pipe, captions: list[str], steps: int, seed: int) -> np.ndarray:
+    """[N, 64, 64, 3] float, 0..1, by the pipeline itself, without guidance."""
     parts = []
+    length = {"max_sequence_length": TOKENS} if isinstance(pipe, FluxPipeline) else {}
     for k in range(0, len(captions), 32):
         generator = torch.Generator().manual_seed(seed + k)
         parts.append(pipe(captions[k: k + 32], height=64, width=64, num_inference_steps=steps, guidance_scale=0.0,
-                          max_sequence_length=TOKENS, generator=generator, output_type="np").images)
+                          generator=generator, output_type="np", **length).images)
     return np.concatenate(parts)
 
 
-def figures(pipe: FluxPipeline, reward: CLIPModel, seed: int = 7, steps: int = 8) -> dict[str, float]:
+def figures(pipe, reward: CLIPModel, seed: int = 7, steps: int = 8) -> dict[str, float]:
     """How the pictures of the base stand between true pictures and true pictures under shuffled captions (validation captions)."""
     pipe.set_progress_bar_config(disable=True)
     captions, rng = shapes.splits()["validation"], random.Random(seed)

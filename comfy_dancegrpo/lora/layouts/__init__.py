@@ -3,7 +3,8 @@
 A layout is a module with two functions, each the other's inverse on what we train:
 `to_file(tensors) -> tensors` takes `<module>.lora_A.weight` [r, in] and `….lora_B.weight` [out, r], alpha folded in, modules by
 their names in diffusers' denoiser, and returns a file's content; `from_file(tensors) -> tensors` takes that content back, and
-raises `KeyError` with a key that is none of this layout's.
+raises `KeyError` with a key that is none of this layout's. Of a model with several denoisers the layout has a third,
+`split(tensors) -> {suffix of the file's name: tensors}`, and what the other two see is one denoiser's.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import importlib
 from types import ModuleType
 
-LAYOUTS = ("diffusers", "hunyuan_video", "ltx")
+LAYOUTS = ("diffusers", "hunyuan_video", "ltx", "kohya", "wan")
 
 
 def layout(name: str) -> ModuleType:
