@@ -9,13 +9,13 @@ from pathlib import Path
 
 
 @contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path, own: str = "") -> Iterator[Path]:
     """Gives a path beside `path` to write to, and renames it when the block ends: a reader, or a crash, never sees half a file.
 
-    Where the block raises (a full disk), what it wrote is removed and `path` stays as it was.
+    own: tells what several processes write beside one path apart. Where the block raises (a full disk), what it wrote is removed and `path` stays as it was.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(path.name + ".part")
+    beside = path.with_name(f"{path.name}{own}.part")
     try:
         yield beside
         os.replace(beside, path)

@@ -4,6 +4,7 @@ import hashlib
 
 from comfy_dancegrpo import processes
 from comfy_dancegrpo.errors import RunError
+from comfy_dancegrpo.grpo import optimizers
 from comfy_dancegrpo.grpo.schedules import SCHEDULES
 from comfy_dancegrpo.runs.folder import MAY_CHANGE, ON_EXISTING, name_problem
 from comfy_dancegrpo.workflow import loop
@@ -12,7 +13,7 @@ from comfy_dancegrpo.workflow.host import host
 from . import wires
 
 LORA_TARGETS = ["attention", "attention and feed-forward", "all linear layers", "modulation"]  # every family has these
-NOT_IN_FINGERPRINT = {("DanceGRPOLoopStart", name) for name in MAY_CHANGE}
+NOT_IN_FINGERPRINT = {("DanceGRPOLoadPolicy", "prompt_cache"), *(("DanceGRPOLoopStart", name) for name in MAY_CHANGE)}
 
 
 class LoopStart:
@@ -56,11 +57,18 @@ class LoopStart:
                                                      "the least certain ones, and as long as any."),
             "schedule": wires.choice(list(SCHEDULES), "Of the learning rate after its warm-up. inverse_sqrt lets it fall: the LoRA wanders less "
                                                       "once it has learned the most."),
+            "lora": wires.socket(wires.LORA, "Training starts from these weights; lora_rank grows to theirs where it is lower."),
+            "optimizer": wires.choice(list(optimizers.OPTIMIZERS), "adamw; 8-bit AdamW (paged: its state moves to the CPU when memory runs out) needs "
+                                      "bitsandbytes; adafactor keeps a fraction of the state; prodigy finds its step size, with learning_rate 1."),
+            "gradient_checkpointing": ("BOOLEAN", {"default": False, "tooltip": "Keeps few activations and computes the others again: much less memory "
+                                                                               "in training, about a third more time. The gradient stays the same."}),
         }}
 
     @classmethod
-    def VALIDATE_INPUTS(cls, run_name):
-        return (run_name is not None and name_problem(run_name, "run_name")) or True
+    def VALIDATE_INPUTS(cls, run_name, optimizer="adamw"):
+        if optimizer is not None and optimizer not in optimizers.OPTIMIZERS:
+            return f'input "optimizer": found {optimizer!r}, accepted: {", ".join(map(repr, optimizers.OPTIMIZERS))}'
+        return (run_name is not None and name_problem(run_name, "run_name")) or (optimizer and optimizers.problem(optimizer)) or True
 
     def start(self, **inputs):
         return loop.blocked(len(self.RETURN_TYPES))
@@ -120,6 +128,8 @@ class LoopRunner:
         runner = loop.BodyRunner(body, host().registry, outside, prompt[0], extra_pnginfo[0])
         policy, prompts, settings = self._settings(**runner.start_inputs())
         told = loop.fingerprint(prompt[0], body, NOT_IN_FINGERPRINT), prompts.prompts  # a prompt file may change in place
+        if settings.start_from is not None:  # and so may a LoRA's
+            told += (settings.start_from.digest(),)
         fingerprint = hashlib.sha256(repr(told).encode()).hexdigest()
         try:
             # ComfyUI runs nodes under inference mode; in the body only those that are not ours return to it (host.around)
@@ -133,11 +143,11 @@ class LoopRunner:
 
     @staticmethod
     def _settings(policy, prompts, learning_rate, weight_decay, ema_decay, lora_rank, lora_alpha, lora_targets, warmup=0,
-                  schedule="constant", **rest):
+                  schedule="constant", lora=None, optimizer="adamw", **rest):
         from comfy_dancegrpo.grpo.learner import OptimizerSettings
         from comfy_dancegrpo.lora.adapter import LoraSettings
         from comfy_dancegrpo.runs.session import LoopSettings
 
-        optimizer = OptimizerSettings(learning_rate=learning_rate, weight_decay=weight_decay, ema_decay=ema_decay, warmup=warmup,
-                                      schedule=schedule)
-        return policy, prompts, LoopSettings(lora=LoraSettings(lora_rank, lora_alpha, lora_targets), optimizer=optimizer, **rest)
+        wanted = OptimizerSettings(learning_rate=learning_rate, weight_decay=weight_decay, ema_decay=ema_decay, warmup=warmup,
+                                      schedule=schedule, name=optimizer)
+        return policy, prompts, LoopSettings(lora=LoraSettings(lora_rank, lora_alpha, lora_targets), optimizer=wanted, start_from=lora, **rest)

@@ -25,7 +25,7 @@ from comfy_dancegrpo.grpo.update import UpdateSettings, update
 from comfy_dancegrpo.lora import files
 from comfy_dancegrpo.lora.adapter import Adapter, LoraSettings, LoraSnapshot
 from comfy_dancegrpo.runs.evaluate import NOISELESS
-from comfy_dancegrpo.runs.session import encode
+from comfy_dancegrpo.runs.prompt_cache import encode
 from comfy_dancegrpo.workflow.host import Host, use
 from safetensors.torch import load_file
 
@@ -35,6 +35,12 @@ CASES = families.cases()
 @pytest.fixture(scope="module", params=CASES, ids=lambda case: case.name)
 def case(request):
     return request.param
+
+
+@pytest.fixture(autouse=True)
+def within(case):
+    with case.within():
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +60,8 @@ def policy(case, folder):
 
 @pytest.fixture
 def pipeline(case, policy, folder):
-    loaded = policy.pipeline_class.from_pretrained(folder / "diffusers" / case.name, torch_dtype=torch.float32)
+    processors = {name: part for name, part in policy.pipeline.components.items() if name == "processor"}  # diffusers' own want torchvision
+    loaded = policy.pipeline_class.from_pretrained(folder / "diffusers" / case.name, torch_dtype=torch.float32, **processors)
     loaded.set_progress_bar_config(disable=True)
     return loaded
 
@@ -67,7 +74,7 @@ def request_of(case, policy, group_size=1, micro_batch=None):
 def roll(case, policy, transition=None, eta=0.0, guidance=None, shift=0.0, version=("run", 0), **more):
     grid = policy.time_grid(case.steps, shift, case.size)
     plan = SamplingPlan(grid, transition or NOISELESS[policy.process], eta, case.guidance_scale if guidance is None else guidance, case.size)
-    return sample(policy, request_of(case, policy, **more), encode(policy, case.prompts, case.size, {}), plan, version)
+    return sample(policy, request_of(case, policy, **more), encode(policy, case.prompts, case.size), plan, version)
 
 
 def theirs(case, policy, pipeline, guidance=None):
@@ -127,7 +134,7 @@ def test_replay_gives_the_ratio_one_exactly(case, policy, micro_batch, one_threa
 
 def test_the_gradient_is_that_of_finite_differences(case, policy):
     """Of the log-probability of two transitions, along the gradient, in float64 where the model's own code allows it."""
-    conditioning = encode(policy, case.prompts, case.size, {})
+    conditioning = encode(policy, case.prompts, case.size)
     doubles = type(conditioning)({n: v.double() if v.is_floating_point() else v for n, v in conditioning.tensors.items()})
     grid = policy.time_grid(case.steps, 0.0, case.size)
     plan = SamplingPlan(type(grid)(grid.levels.double(), grid.timesteps), case.transition, 0.7, case.guidance_scale, case.size)
@@ -198,8 +205,7 @@ def test_diffusers_loads_the_lora_whole_and_at_full_strength(case, policy, pipel
         tensors = {name: p.detach().clone() for name, p in adapter.parameters.items()}
         ours = roll(case, policy).pictures.numpy()
     snapshot = LoraSnapshot(tensors, settings_of(case), policy.name, policy.lora_layout, 1, False, tmp_path)
-    paths = [tmp_path / "tuned.safetensors"]
-    files.save(snapshot, paths[0])
+    paths = files.save(snapshot, tmp_path / "tuned.safetensors")
     before = theirs(case, policy, pipeline)
     with complaints() as said:
         case.load_lora(pipeline, paths)

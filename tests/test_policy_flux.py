@@ -30,7 +30,7 @@ from comfy_dancegrpo.grpo.rollout import Request, initial_noise, sample
 from comfy_dancegrpo.grpo.update import UpdateSettings, update
 from comfy_dancegrpo.lora import files
 from comfy_dancegrpo.lora.adapter import Adapter, LoraSettings, LoraSnapshot, applied
-from comfy_dancegrpo.runs.session import encode
+from comfy_dancegrpo.runs.prompt_cache import encode
 from comfy_dancegrpo.workflow.host import Host, use
 
 PROMPTS = ("a large red circle in the center on a white background", "a small blue star at the top left on a black background")
@@ -53,7 +53,7 @@ def request_of(policy, height=64, width=64, group_size=2, micro_batch=4):
 def roll(policy, shift=0.0, height=64, width=64, transition="ode", eta=0.0, guidance=3.5, version=("run", 0), steps=STEPS, **more):
     size = Size(height, width)
     plan = SamplingPlan(policy.time_grid(steps, shift, size), transition, eta, guidance, size)
-    return sample(policy, request_of(policy, height, width, **more), encode(policy, PROMPTS, size, {}), plan, version)
+    return sample(policy, request_of(policy, height, width, **more), encode(policy, PROMPTS, size), plan, version)
 
 
 def pipeline_pictures(pipeline, policy, height=64, width=64, guidance=3.5):
@@ -69,7 +69,7 @@ def predict(policy):
     plan = SamplingPlan(policy.time_grid(STEPS, 0.0, SIZE), size=SIZE)
     latents = torch.randn(2, *policy.latent_shape(SIZE), generator=generator("predict"))
     with torch.no_grad():
-        return policy.predict(latents, plan.grid.timesteps[1].expand(2), encode(policy, PROMPTS, SIZE, {}), plan)
+        return policy.predict(latents, plan.grid.timesteps[1].expand(2), encode(policy, PROMPTS, SIZE), plan)
 
 
 def random_tensors(adapter, key):

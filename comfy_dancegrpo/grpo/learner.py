@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from . import optimizers
 from .protocol import Denoiser
 from .schedules import share
+
+_SLOT, _REST = "optimizer.", "optimizer"  # names in a state: of what is kept for a parameter, and of the rest
 
 
 @dataclass(frozen=True)
 class OptimizerSettings:
-    """AdamW (arXiv 1711.05101). ema_decay: of the parameters' moving average, once an optimizer step; 0 turns it off.
+    """name: of the optimizer, one of `optimizers.OPTIMIZERS`. ema_decay: of the parameters' moving average, once an optimizer step; 0 turns it off.
     warmup: iterations over which the learning rate rises linearly to its full value; 0 begins with that. schedule: what it does then,
     one of `schedules.SCHEDULES`."""
 
@@ -23,6 +27,7 @@ class OptimizerSettings:
     ema_decay: float = 0.0
     warmup: int = 0
     schedule: str = "constant"
+    name: str = "adamw"
 
 
 class Learner:
@@ -33,8 +38,7 @@ class Learner:
             raise ValueError("there is nothing to train: no parameter was given")
         self.policy, self.parameters, self.settings = policy, parameters, settings
         self.version = (run, 0)
-        self.optimizer = torch.optim.AdamW(parameters.values(), lr=settings.learning_rate, betas=settings.betas,
-                                           weight_decay=settings.weight_decay)
+        self.optimizer = optimizers.make(settings.name, parameters.values(), settings)
         self.ema = {name: p.detach().clone() for name, p in parameters.items()} if settings.ema_decay else None
 
     @property
@@ -74,22 +78,46 @@ class Learner:
         tensors = {f"parameters.{name}": p.detach().cpu().clone() for name, p in self.parameters.items()}
         for name, value in (self.ema or {}).items():
             tensors[f"ema.{name}"] = value.cpu().clone()
+        groups = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.state_dict()["param_groups"]]
+        numbers: dict[str, dict] = {}  # what an optimizer keeps beside tensors, such as a count of its steps
         for name, p in self.parameters.items():
             for key, value in self.optimizer.state.get(p, {}).items():
-                tensors[f"optimizer.{key}.{name}"] = value.detach().cpu().clone()
+                if isinstance(value, Tensor):
+                    tensors[f"{_SLOT}{key}.{name}"] = value.detach().cpu().clone()
+                else:
+                    numbers.setdefault(name, {})[key] = value
+        tensors[_REST] = _packed({"groups": groups, "numbers": numbers})
         tensors["version"] = torch.tensor(self.version[1])
         return tensors
 
     @torch.no_grad()
     def load_state(self, tensors: dict[str, Tensor]) -> None:
         """The inverse of `state`. Raises `KeyError` when a parameter is missing from it."""
+        slots: dict[str, dict] = {name: {} for name in self.parameters}
+        for name, value in tensors.items():
+            if name.startswith(_SLOT):
+                key, _, parameter = name.removeprefix(_SLOT).partition(".")
+                slots[parameter][key] = value.clone()
+        state = self.optimizer.state_dict()
+        if _REST in tensors:  # a checkpoint of an older version has none
+            rest = _unpacked(tensors[_REST])
+            for group, saved in zip(state["param_groups"], rest["groups"]):
+                group |= {key: tuple(value) if isinstance(value, list) else value for key, value in saved.items()}
+            for parameter, values in rest["numbers"].items():
+                slots[parameter] |= values
+        state["state"] = {i: slots[name] for i, name in enumerate(self.parameters) if slots[name]}
+        self.optimizer.load_state_dict(state)
         for name, p in self.parameters.items():
             p.copy_(tensors[f"parameters.{name}"])
             if self.ema is not None:
                 self.ema[name].copy_(tensors[f"ema.{name}"])
-            slots = {key: tensors[f"optimizer.{key}.{name}"] for key in ("step", "exp_avg", "exp_avg_sq")
-                     if f"optimizer.{key}.{name}" in tensors}
-            self.optimizer.state.pop(p, None)
-            if slots:
-                self.optimizer.state[p] = {k: v.clone() if k == "step" else v.to(p.device).clone() for k, v in slots.items()}
         self.version = (self.version[0], int(tensors["version"]))
+
+
+def _packed(value: dict) -> Tensor:
+    """JSON as bytes: a checkpoint holds tensors alone, and Python writes its floats so that they read the same."""
+    return torch.tensor(list(json.dumps(value, default=float).encode()), dtype=torch.uint8)
+
+
+def _unpacked(tensor: Tensor) -> dict:
+    return json.loads(bytes(tensor.tolist()))

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -27,6 +28,10 @@ class LoraSettings:
     alpha: float = 16.0
     targets: str = "attention and feed-forward"
 
+    def of_rank(self, rank: int) -> LoraSettings:
+        """As strong, of another rank."""
+        return replace(self, rank=rank, alpha=self.alpha * rank / self.rank)
+
 
 @dataclass(frozen=True)
 class LoraSnapshot:
@@ -45,6 +50,18 @@ class LoraSnapshot:
     averaged: bool
     folder: Path | None
     prompts: tuple[str, ...] = field(default=(), repr=False)
+
+    def digest(self) -> str:
+        """sha256 over the weights and how strong they are."""
+        found = hashlib.sha256(repr((self.settings.alpha / self.settings.rank, sorted(self.tensors))).encode())
+        for name in sorted(self.tensors):
+            found.update(self.tensors[name].contiguous().numpy().tobytes())
+        return found.hexdigest()
+
+    @property
+    def widest(self) -> int:
+        """The largest rank of its modules."""
+        return max((len(value) for name, value in self.tensors.items() if ".lora_A." in name), default=1)
 
 
 class Adapter:
@@ -89,6 +106,30 @@ class Adapter:
         with torch.no_grad():
             for name, value in tensors.items():
                 self.parameters[name].copy_(value)
+
+    def start_from(self, snapshot: LoraSnapshot) -> None:
+        """Takes over another LoRA: the same update of the weights, at this one's rank and alpha.
+
+        Where this rank is larger, what A has more stays random and what B has more zero. Modules that the other has not stay at their
+        start. Raises `ValueError` where it has weights that this one has no place for.
+        """
+        if odd := sorted(snapshot.tensors.keys() - self.parameters.keys()):
+            raise ValueError(f"the LoRA to start from does not fit: {len(odd)} of its {len(snapshot.tensors)} weights find no place in "
+                             f"{self.settings.targets!r} of {self.policy.name!r}, such as {odd[0]!r}")
+        strength = snapshot.settings.alpha / snapshot.settings.rank / (self.settings.alpha / self.settings.rank)
+        with torch.no_grad():
+            for name, value in snapshot.tensors.items():
+                p = self.parameters[name]
+                if value.ndim != p.ndim or any(theirs > ours for theirs, ours in zip(value.shape, p.shape)):
+                    raise ValueError(f"the LoRA to start from does not fit: {name} is {list(value.shape)}, accepted: at most {list(p.shape)}")
+                is_a = ".lora_A." in name
+                outer = (value.shape[1:], p.shape[1:]) if is_a else (value.shape[:1], p.shape[:1])
+                if outer[0] != outer[1]:
+                    raise ValueError(f"the LoRA to start from does not fit: {name} is {list(value.shape)}, of a model of another size; here {list(p.shape)}")
+                if is_a:
+                    p[:len(value)] = value
+                else:
+                    p[:, :value.shape[1]] = value * strength
 
     def remove(self) -> None:
         """Takes the adapter off; the denoiser is then as it was before it was attached."""

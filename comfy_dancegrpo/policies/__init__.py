@@ -91,7 +91,7 @@ def _named(folder: Path) -> str:
     """The pipeline class that a diffusers folder names. Raises `RunError` where it names none."""
     accepted = "accepted: a diffusers folder of " + ", ".join(FAMILIES)
     if not (folder / places.INDEX).is_file():
-        raise RunError(f'input "policy": found {folder}, which has no {places.INDEX}; {accepted}')
+        raise RunError(f'input "policy": found {folder}, which has no model_index.json; {accepted}')
     try:
         name = places.index(folder)["_class_name"]
     except (ValueError, KeyError):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import abc
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import diffusers
@@ -17,6 +19,7 @@ from ..grpo.protocol import NEGATIVE, Conditioning, SamplingPlan, Size, TimeGrid
 from ..workflow.host import host
 
 _DTYPE_ARGUMENT = "dtype" if tuple(map(int, diffusers.__version__.split(".")[:2])) >= (0, 40) else "torch_dtype"
+_ENCODERS = ("text_encoder", "image_encoder")  # what the names of their components begin with
 
 
 class Policy(abc.ABC):
@@ -58,7 +61,32 @@ class Policy(abc.ABC):
         """Moves the weights, adapters among them; every parameter stays the object that it is, so that optimizers keep theirs."""
         if device != self.device:
             with processes.outside_inference_mode():
-                self.pipeline.to(device)
+                for module in self.modules:
+                    if device.type == "cpu" or module not in self.encoders:
+                        module.to(device)
+
+    @property
+    def encoders(self) -> list[torch.nn.Module]:
+        """What encodes prompts and nothing else: it is on an accelerator only while it does."""
+        return [m for name, m in self.pipeline.components.items() if name.startswith(_ENCODERS) and isinstance(m, torch.nn.Module)]
+
+    @contextlib.contextmanager
+    def encoding(self) -> Iterator[None]:
+        """The encoders are on the policy's device while the block runs, also a block around others."""
+        outer, self._encoding = getattr(self, "_encoding", False), True
+        try:
+            if not outer:
+                self._move_encoders(self.device)
+            yield
+        finally:
+            self._encoding = outer
+            if not outer:
+                self._move_encoders(torch.device("cpu"))
+
+    def _move_encoders(self, device: torch.device) -> None:
+        with processes.outside_inference_mode():
+            for module in self.encoders:
+                module.to(device)
 
     @property
     def modules(self) -> list[torch.nn.Module]:
@@ -79,6 +107,11 @@ class Policy(abc.ABC):
     def device(self) -> torch.device:
         return next(self.denoiser.parameters()).device
 
+    def checkpoint_gradients(self, on: bool) -> None:
+        """Whether training keeps the denoiser's activations, or computes them again: the same gradient for less memory."""
+        for module in self.denoisers.values():
+            module.enable_gradient_checkpointing() if on else module.disable_gradient_checkpointing()
+
     # -- prompts ----------------------------------------------------------------------------------------------------
     @abc.abstractmethod
     def encode(self, prompts: list[str], size: Size) -> dict[str, Tensor]:
@@ -94,9 +127,10 @@ class Policy(abc.ABC):
 
     def condition(self, prompts: list[str], size: Size) -> Conditioning:
         """Both sides of guidance for each prompt, one row a prompt."""
-        tensors = self.encode(prompts, size)
-        if self.classifier_free:
-            tensors = {**tensors, **{NEGATIVE + name: value for name, value in self.encode_negative(prompts, size).items()}}
+        with self.encoding():
+            tensors = self.encode(prompts, size)
+            if self.classifier_free:
+                tensors = {**tensors, **{NEGATIVE + name: value for name, value in self.encode_negative(prompts, size).items()}}
         return Conditioning(tensors)
 
     def pipeline_options(self) -> dict:
@@ -171,10 +205,14 @@ def dynamic_shift(scheduler, tokens: int, max_shift: float = 1.15) -> float:
     return calculate_shift(tokens, *(scheduler.config.get(name, value) for name, value in defaults.items()))
 
 
-def multiple_of(size: Size, pixels: int, frames: int = 1) -> None:
-    """Raises `ValueError` unless height and width are multiples of `pixels`, and frames one more than a multiple of `frames`."""
-    if size.height % pixels or size.width % pixels or (size.frames - 1) % frames:
-        more = f", {frames} n + 1 frames" if frames > 1 else ""
+def multiple_of(size: Size, pixels: int, frames: int | None = None) -> None:
+    """Raises `ValueError` unless height and width are multiples of `pixels`, and frames one more than a multiple of `frames`.
+
+    frames: None of a family of pictures, which have one.
+    """
+    wrong = size.frames != 1 if frames is None else (size.frames - 1) % frames
+    if size.height % pixels or size.width % pixels or wrong:
+        more = f", {frames} n + 1 frames" if frames else " in one frame" if wrong else ""
         raise ValueError(f"found {size}, accepted: multiples of {pixels}{more}")
 
 

@@ -41,7 +41,7 @@ def draw(policy: Policy, prompts: tuple[str, ...], size: Size, steps: int, guida
     for n in range(total):
         tick(n, total)
         source = torch.Generator("cpu").manual_seed(seed + n % samples_per_prompt)
-        with torch.no_grad():
+        with torch.no_grad(), policy.encoding():
             output = policy.pipeline(**arguments(policy, prompts[n // samples_per_prompt], size, steps, guidance_scale),
                                      generator=source, output_type="np")
         made = output.images if hasattr(output, "images") else output.frames

@@ -16,7 +16,7 @@ from ..lora.adapter import LoraSnapshot, applied, bare
 from ..policies.base import Policy
 from ..rewards import Reward, distinct
 from ..workflow.host import host
-from .session import encode
+from .prompt_cache import encode
 
 
 NOISELESS = {"flow": "ode", "diffusion": "ddim"}  # the transition that samples a process without noise, at eta 0
@@ -53,7 +53,7 @@ class Comparison:
 @dataclass(frozen=True)
 class Evaluation:
     """comparisons: one a reward. before and after: of each prompt the first pictures, [N, H, W, 3] float32 in 0..1, in the
-    order of `prompts`."""
+    order of `prompts`; of videos [N, F, H, W, 3]."""
 
     prompts: tuple[str, ...] = field(repr=False)
     comparisons: tuple[Comparison, ...]
@@ -88,7 +88,7 @@ def evaluate(policy: Policy, snapshot: LoraSnapshot, prompts: tuple[str, ...], r
         return reward(pictures, repeated).view(len(prompts), samples_per_prompt).mean(1)
 
     with torch.inference_mode(False):
-        conditioning = encode(policy, prompts, plan.size, {})
+        conditioning = encode(policy, prompts, plan.size)
         with bare(policy):
             before = pictures(conditioning, 0)
         with applied(policy, snapshot):

@@ -6,7 +6,7 @@ import contextlib
 import os
 import time
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -23,12 +23,15 @@ from ..prompts import PromptList
 from ..workflow.host import host
 from . import checkpoints, live, metrics
 from .folder import claim
+from .prompt_cache import PromptCache
+
+ENCODED_AHEAD = 16  # iterations whose prompts are encoded together, on an accelerator
 
 
 @dataclass(frozen=True)
 class LoopSettings:
     """What Loop Start asks. checkpoint_every: iterations; 0 writes one at the end alone. micro_batch: samples in every
-    denoiser call of the run (DESIGN: one batch shape)."""
+    denoiser call of the run (DESIGN: one batch shape). start_from: a LoRA whose weights the new one begins with."""
 
     run_name: str = "run"
     iterations: int = 60
@@ -39,6 +42,8 @@ class LoopSettings:
     on_existing: str = "new"
     lora: LoraSettings = LoraSettings()
     optimizer: OptimizerSettings = OptimizerSettings()
+    start_from: LoraSnapshot | None = field(default=None, repr=False)
+    gradient_checkpointing: bool = False
 
 
 @dataclass(frozen=True)
@@ -52,24 +57,16 @@ class RunRecord:
 class LivePolicy:
     """The policy inside a loop, the one value of the graph that changes: every Update trains it."""
 
-    def __init__(self, policy: Policy, learner: Learner, settings: LoopSettings):
+    def __init__(self, policy: Policy, learner: Learner, settings: LoopSettings, prompts: tuple[str, ...]):
         self.policy, self.learner, self.settings = policy, learner, settings
         self.iteration = 0
-        self._encoded: dict[tuple[str, Size], Conditioning] = {}
+        self._prompts, self._encoded = prompts, PromptCache(policy)
 
     def encode(self, prompts: tuple[str, ...], size: Size) -> Conditioning:
-        return encode(self.policy, prompts, size, self._encoded)
-
-
-def encode(policy: Policy, prompts: tuple[str, ...], size: Size, cache: dict[tuple[str, Size], Conditioning]) -> Conditioning:
-    """Each prompt alone, once: its encoding does not depend on which others came with it. The cache is kept on the CPU."""
-    with torch.no_grad():
-        for prompt in prompts:
-            if (prompt, size) not in cache:
-                found = policy.condition([prompt], size).tensors
-                cache[prompt, size] = Conditioning({name: value.cpu() for name, value in found.items()})
-    joined = Conditioning.join([cache[prompt, size] for prompt in prompts])
-    return Conditioning({name: value.to(policy.device) for name, value in joined.tensors.items()})
+        last = min(self.iteration + ENCODED_AHEAD, self.settings.iterations)
+        upcoming = (prompt for iteration in range(self.iteration, last)
+                    for prompt in prompts_of(iteration, self._prompts, self.settings.prompts_per_iteration, self.settings.seed))
+        return self._encoded.get(prompts, size, upcoming)
 
 
 def prompts_of(iteration: int, prompts: tuple[str, ...], count: int, seed: int) -> tuple[str, ...]:
@@ -88,6 +85,8 @@ class Session:
     def __init__(self, policy: Policy, prompts: PromptList, settings: LoopSettings, fingerprint: str, node_id: str = ""):
         if not prompts.prompts:
             raise RunError("there are no prompts to train on")
+        if settings.start_from is not None:
+            settings = replace(settings, lora=settings.lora.of_rank(max(settings.lora.rank, settings.start_from.widest)))
         self.policy, self.prompts, self.settings, self._node_id = policy, prompts, settings, node_id
         self._fingerprint, self._done, self._saved, self._start = fingerprint, 0, -1, 0.0
         self._seconds: deque[float] = deque(maxlen=20)  # of the last iterations
@@ -103,8 +102,12 @@ class Session:
             host().load(self.policy)
             self.adapter = Adapter(self.policy, settings.lora, settings.seed)
             undo.callback(self.adapter.remove)
+            if settings.start_from is not None:
+                self.adapter.start_from(settings.start_from)
+            undo.callback(self.policy.checkpoint_gradients, False)
+            self.policy.checkpoint_gradients(settings.gradient_checkpointing)
             learner = Learner(self.policy, self.adapter.parameters, settings.optimizer, run=self.folder.name)
-            self.live = LivePolicy(self.policy, learner, settings)
+            self.live = LivePolicy(self.policy, learner, settings, self.prompts.prompts)
             if self.action == "start":
                 self.folder.create(self._fingerprint, settings.micro_batch)
             else:
@@ -211,6 +214,7 @@ class Session:
         return RunRecord(self.folder.path, tuple(metrics.read(self.folder.metrics)))
 
     def __exit__(self, kind, error, trace) -> None:
+        self.policy.checkpoint_gradients(False)
         self.adapter.remove()
         try:
             if kind is not None or not self.finished:
@@ -238,6 +242,5 @@ class Session:
         kept = f"checkpoint in {self.folder.checkpoints}"
         if broken_off:
             path = self.folder.lora / f"{self.folder.name}.safetensors"
-            files.save(self.snapshot(), path)
-            kept += f", LoRA so far in {path}"
+            kept += f", LoRA so far in {' and '.join(map(str, files.save(self.snapshot(), path)))}"
         host().say(f'stopped after iteration {self._done}: {kept}; Loop Start\'s "on_existing" resume goes on from there')
