@@ -6,11 +6,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import torch
 from diffusers import Flux2KleinPipeline, Flux2Pipeline
 from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
 from torch import Tensor
+from transformers import AutoTokenizer
 
 from ..errors import RunError
 from ..grpo.protocol import SamplingPlan, Size
@@ -27,6 +30,13 @@ class Flux2(Policy):
         "attention": f"{_DOUBLE}{_ATTENTION}|{_SINGLE}",
         "attention and feed-forward": f"{_DOUBLE}({_ATTENTION}|{_FEED_FORWARD})|{_SINGLE}",
     }
+
+    @classmethod
+    def load(cls, name: str, folder: Path, dtype: str, **components) -> Policy:
+        """As published the tokenizer is wrapped in a processor of pictures, which needs torchvision; prompts need the tokenizer alone."""
+        policy = super().load(name, folder, dtype, **components, tokenizer=None)
+        policy.pipeline.register_modules(tokenizer=AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True))
+        return policy
 
     def encode(self, prompts: list[str], size: Size) -> dict[str, Tensor]:
         """reference: [P, S, C] tokens of the prompts' pictures, seen in the size of what is drawn, or none. pictured: [P], 1 where there is one."""
