@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib
 import pkgutil
@@ -44,6 +45,7 @@ class Case:
     scheduler on its own sigmas where its own is of a higher order. odd: a size that the family must refuse. lora_keys: regular
     expressions of which each key of a saved LoRA matches one, as ComfyUI reads them (source beside them). for_lora: stands in for the case
     where a LoRA is loaded, when diffusers reads its names at the published width alone. load_lora: has the pipeline load a LoRA's files.
+    within: a context that all checks run in.
     """
 
     name: str
@@ -60,6 +62,7 @@ class Case:
     targets: str = "all linear layers"
     for_lora: Case | None = None
     load_lora: Callable[[object, list[Path]], None] = lambda pipeline, paths: pipeline.load_lora_weights(*paths)
+    within: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
 
 
 def draw_video(pipeline, asked: Drawing, **more) -> np.ndarray:
