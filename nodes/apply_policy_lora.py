@@ -21,13 +21,17 @@ class ApplyPolicyLora:
             "model": wires.socket("MODEL", "Of the same family as the policy that was trained."),
             "lora": wires.socket(wires.LORA, "From Loop End, or Load Policy LoRA."),
             "strength": wires.number(1.0, -20.0, 20.0, "1 is the policy as it was trained, 0 the base model."),
-        }, "optional": {"clip": wires.socket("CLIP", "Passed through, and patched where the LoRA has weights for it.")}}
+        }, "optional": {
+            "clip": wires.socket("CLIP", "Passed through, and patched where the LoRA has weights for it."),
+            "expert": wires.choice(["high_noise", "low_noise"], "Which of a Wan 2.2 A14B's two models this one is; without effect elsewhere."),
+        }}
 
-    def apply(self, model, lora, strength: float, clip=None):
+    def apply(self, model, lora, strength: float, clip=None, expert="high_noise"):
         from comfy_dancegrpo.lora import files
 
         try:
             from .comfy_host import apply_lora
         except ImportError as error:
             raise RunError("a MODEL is ComfyUI's, and there is no ComfyUI here; run the graph there, or with --comfyui") from error
-        return apply_lora(model, clip, files.tensors(lora), strength)
+        parts = files.contents(lora)
+        return apply_lora(model, clip, parts.get("", parts.get(f"_{expert}")), strength)

@@ -36,6 +36,6 @@ class SaveLora:
             raise RunError('input "lora": found one that was loaded from a file, accepted: one from Loop End')
         name = checked_name(filename.removesuffix(SUFFIX) or lora.folder.name, "filename")
         path = lora.folder / "lora" / f"{name}{SUFFIX}"
-        files.save(lora, path)
-        host().say(f"LoRA{' (moving average)' if lora.averaged else ''} after {lora.iterations} iterations: {path}")
-        return {"ui": {"text": [str(path)]}}
+        paths = [str(written) for written in files.save(lora, path)]
+        host().say(f"LoRA{' (moving average)' if lora.averaged else ''} after {lora.iterations} iterations: {' and '.join(paths)}")
+        return {"ui": {"text": paths}}

@@ -22,18 +22,26 @@ _MATRICES = (".lora_A.weight", ".lora_B.weight")
 _HEADER = "dancegrpo."
 
 
-def tensors(snapshot: LoraSnapshot) -> dict[str, Tensor]:
-    """The file's content in the names of the snapshot's layout, float32.
+def contents(snapshot: LoraSnapshot) -> dict[str, dict[str, Tensor]]:
+    """What the LoRA's files hold, by what their names end in: one of "", or of a model with two experts one for each.
+
+    In the names of the snapshot's layout, float32.
 
     alpha / rank is folded into lora_B and no alpha key is written: loaders differ in how they read one, and none is read as 1.
     """
     scale = snapshot.settings.alpha / snapshot.settings.rank
     folded = {name: value * scale if ".lora_B." in name else value for name, value in snapshot.tensors.items()}
-    return {name: value.contiguous() for name, value in layout(snapshot.layout).to_file(folded).items()}
+    names = layout(snapshot.layout)
+    parts = names.split(folded) if hasattr(names, "split") else {"": folded}
+    return {suffix: {name: value.contiguous() for name, value in names.to_file(part).items()} for suffix, part in parts.items()}
 
 
-def save(snapshot: LoraSnapshot, path: Path, metadata: dict[str, str] | None = None) -> None:
-    """Writes `tensors(snapshot)`, and tells the host."""
+def save(snapshot: LoraSnapshot, path: Path, metadata: dict[str, str] | None = None) -> list[Path]:
+    """Writes `contents(snapshot)` to the path, or of several files to paths beside it; tells the host, and returns them."""
+    return [_write(part, snapshot, path.with_name(path.stem + suffix + path.suffix), metadata) for suffix, part in contents(snapshot).items()]
+
+
+def _write(tensors: dict[str, Tensor], snapshot: LoraSnapshot, path: Path, metadata: dict[str, str] | None) -> Path:
     header = {
         "format": "pt", "modelspec.sai_model_spec": "1.0.0", "modelspec.title": path.stem,
         "dancegrpo.policy": snapshot.policy, "dancegrpo.iterations": str(snapshot.iterations),
@@ -41,8 +49,9 @@ def save(snapshot: LoraSnapshot, path: Path, metadata: dict[str, str] | None = N
         "dancegrpo.alpha": str(snapshot.settings.alpha), **(metadata or {}),
     }
     with replacing(path) as beside:
-        save_file(tensors(snapshot), beside, metadata=header)
+        save_file(tensors, beside, metadata=header)
     host().lora_saved(path)
+    return path
 
 
 def load(path: Path, policy: Policy) -> LoraSnapshot:
