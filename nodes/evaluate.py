@@ -35,11 +35,11 @@ class Evaluate:
             "batch_size": wires.integer(4, 1, 4096, "Samples in every denoiser call."),
             "grid_columns": wires.integer(8, 1, 64, "Pairs in a row of the grid."),
             "grid_rows": wires.integer(2, 1, 64, "Rows of pairs in the grid."),
-        }, "optional": {"reward_2": wires.socket(wires.REWARD, reward), "reward_3": wires.socket(wires.REWARD, reward)},
+        }, "optional": {"reward_2": wires.socket(wires.REWARD, reward), "reward_3": wires.socket(wires.REWARD, reward), "frames": wires.FRAMES},
                 "hidden": {"unique_id": "UNIQUE_ID"}}
 
     def evaluate(self, policy, lora, prompts, reward, steps, shift, guidance_scale, width, height, noise_seed, samples_per_prompt,
-                 batch_size, grid_columns, grid_rows, reward_2=None, reward_3=None, unique_id=""):
+                 batch_size, grid_columns, grid_rows, reward_2=None, reward_3=None, frames=1, unique_id=""):
         from comfy_dancegrpo.grpo.protocol import SamplingPlan, Size
         from comfy_dancegrpo.runs import evaluate, pictures
         from comfy_dancegrpo.runs.folder import RunFolder
@@ -47,11 +47,11 @@ class Evaluate:
         if seen := len(set(prompts.prompts) & set(lora.prompts)):
             host().say(f"Evaluate: {seen} of its {len(prompts.prompts)} prompts were trained on; its figures flatter the LoRA")
         rewards = [r for r in (reward, reward_2, reward_3) if r is not None]
-        size = Size(height, width)
+        size = Size(height, width, frames)
         try:
             policy.latent_shape(size)
         except ValueError as error:
-            raise RunError(f'inputs "width" and "height": {error}') from None
+            raise RunError(f'inputs "width", "height" and "frames": {error}') from None
         plan = SamplingPlan(policy.time_grid(steps, shift, size), evaluate.NOISELESS[policy.process], 0.0, guidance_scale, size)
         host().load(policy)
         found = evaluate.evaluate(policy, lora, prompts.prompts, rewards, plan, noise_seed, batch_size, samples_per_prompt)

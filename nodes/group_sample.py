@@ -14,7 +14,8 @@ class GroupSample:
     CATEGORY = wires.CATEGORY
     RETURN_TYPES = (wires.ROLLOUT, "IMAGE")
     RETURN_NAMES = ("rollout", "images")
-    OUTPUT_TOOLTIPS = ("Trajectories, log-probabilities and pictures.", "The pictures, group after group.")
+    OUTPUT_TOOLTIPS = ("Trajectories, log-probabilities and pictures.", "Group after group: pictures as one batch, videos as a list, one for each.")
+    OUTPUT_IS_LIST = (False, True)
     FUNCTION = "sample"
 
     @classmethod
@@ -32,9 +33,9 @@ class GroupSample:
             "width": wires.integer(720, 16, 8192, "Pixels.", 8),
             "height": wires.integer(720, 16, 8192, "Pixels.", 8),
             "initial_noise": wires.choice(["shared", "independent"], "shared: a group starts from one noise, so that only the steps tell its pictures apart."),
-        }}
+        }, "optional": {"frames": wires.FRAMES}}
 
-    def sample(self, policy, prompts, group_size, steps, transition, eta, shift, guidance_scale, width, height, initial_noise):
+    def sample(self, policy, prompts, group_size, steps, transition, eta, shift, guidance_scale, width, height, initial_noise, frames=1):
         from comfy_dancegrpo.grpo.protocol import SamplingPlan, Size
         from comfy_dancegrpo.grpo.rollout import Request, sample
 
@@ -46,11 +47,11 @@ class GroupSample:
         if TRANSITIONS[transition].process != family.process:
             fitting = [t.name for t in TRANSITIONS.values() if t.process == family.process and t.stochastic]
             raise RunError(f'input "transition": found {transition!r}, accepted for this policy ({family.process}): {", ".join(map(repr, fitting))}')
-        size = Size(height, width)
+        size = Size(height, width, frames)
         try:
             shape = family.latent_shape(size)
         except ValueError as error:
-            raise RunError(f'inputs "width" and "height": {error}') from None
+            raise RunError(f'inputs "width", "height" and "frames": {error}') from None
         plan = SamplingPlan(family.time_grid(steps, shift, size), transition, eta, guidance_scale, size)
         request = Request(prompts.prompts, group_size, shape, settings.seed, policy.iteration, initial_noise == "shared", settings.micro_batch)
 
@@ -60,4 +61,4 @@ class GroupSample:
 
         host().load(family)
         rollout = sample(family, request, policy.encode(prompts.prompts, size), plan, policy.learner.version, tick=tick)
-        return rollout, rollout.pictures
+        return rollout, list(rollout.pictures) if rollout.pictures.ndim == 5 else [rollout.pictures]

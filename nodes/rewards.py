@@ -60,6 +60,7 @@ class Score:
     RETURN_NAMES = ("scores",)
     OUTPUT_TOOLTIPS = ("A number for each picture.",)
     FUNCTION = "score"
+    INPUT_IS_LIST = True  # videos come as a list, one IMAGE a sample
 
     @classmethod
     def INPUT_TYPES(cls):
@@ -72,13 +73,21 @@ class Score:
             "scores": EARLIER,
         }}
 
-    def score(self, rollout, reward, weight, images=None, scores=None):
-        start = time.perf_counter()
-        pictures = rollout.pictures if images is None else images
-        if len(pictures) != rollout.size:
-            raise RunError(f'input "images": found {len(pictures)} pictures, accepted: {rollout.size}, one for each sample')
-        values = reward(pictures, rollout.prompts)
-        return (_with(rollout, reward.name, weight, values, scores, time.perf_counter() - start),)
+    def score(self, rollout, reward, weight, images=None, scores=(None,)):
+        start, rollout, reward = time.perf_counter(), rollout[0], reward[0]
+        values = reward(rollout.pictures if images is None else _samples(images, rollout), rollout.prompts)
+        return (_with(rollout, reward.name, weight[0], values, scores[0], time.perf_counter() - start),)
+
+
+def _samples(images: list, rollout):
+    """The samples that a list of IMAGEs holds: one batch of pictures, one video each, or the pictures of all of them in order."""
+    if len(images) == 1 and len(images[0]) == rollout.size:
+        return images[0]
+    videos = rollout.pictures.ndim == 5
+    samples = list(images) if videos else [picture for batch in images for picture in batch]
+    if len(samples) != rollout.size:
+        raise RunError(f'input "images": found {len(samples)} {"videos" if videos else "pictures"}, accepted: {rollout.size}, one for each sample')
+    return samples
 
 
 class ScoresFromNumbers:

@@ -13,7 +13,7 @@ from aiohttp import web
 from comfy_dancegrpo.runs import live
 from comfy_dancegrpo.runs.folder import name_problem
 
-_PICTURE = re.compile(r"[0-9]+-[0-9]+\.jpg")
+_PICTURE = re.compile(rf"[0-9]+-[0-9]+\.({'|'.join(live.KINDS)})")
 
 
 def add_routes(routes: web.RouteTableDef, output_folder: Callable[[], Path], active: Callable[[], dict[str, Any] | None]) -> None:
@@ -49,7 +49,8 @@ def add_routes(routes: web.RouteTableDef, output_folder: Callable[[], Path], act
     @routes.get("/dancegrpo/runs/{name}/live/{file}")
     async def picture(request: web.Request) -> web.Response:
         path, file = folder(request), request.match_info["file"]
-        if not _PICTURE.fullmatch(file):
+        kind = _PICTURE.fullmatch(file)
+        if not kind:
             raise web.HTTPNotFound(text="no such picture")
         try:
             data = await asyncio.to_thread((path / "live" / file).read_bytes)
@@ -57,7 +58,7 @@ def add_routes(routes: web.RouteTableDef, output_folder: Callable[[], Path], act
             if await asyncio.to_thread((path / "live").is_dir):  # the next iteration has taken its place: no fault, so none in the console
                 return web.Response(status=204)
             raise web.HTTPNotFound(text="no such picture") from None
-        return web.Response(body=data, content_type="image/jpeg", headers={"Cache-Control": "no-cache", "X-Content-Type-Options": "nosniff"})
+        return web.Response(body=data, content_type=live.KINDS[kind[1]], headers={"Cache-Control": "no-cache", "X-Content-Type-Options": "nosniff"})
 
     @routes.post("/dancegrpo/runs/{name}/stop")
     async def stop(request: web.Request) -> web.Response:

@@ -38,5 +38,8 @@ def choice(options: list[str], tooltip: str, default: str | None = None) -> tupl
     return options, {"default": default or options[0], "tooltip": tooltip}
 
 
+FRAMES = integer(1, 1, 4097, "Of a video: of most models one more than a multiple of 4. 1 is a picture.", 4)
+
+
 def socket(kind: str, tooltip: str, **options) -> tuple:
     return kind, {"tooltip": tooltip, **options}

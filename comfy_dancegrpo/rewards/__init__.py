@@ -36,11 +36,15 @@ class RewardFunction(Protocol):
 
 @dataclass(frozen=True)
 class Reward:
-    """A loaded reward, as it travels on a wire. It is called in batches of `batch_size` pictures."""
+    """A loaded reward, as it travels on a wire. It is called in batches of `batch_size` pictures.
+
+    frames: of a video that are scored, evenly spread from its first to its last; the video's score is their mean.
+    """
 
     name: str
     function: RewardFunction
     batch_size: int = 32
+    frames: int = 8
 
     @property
     def modules(self) -> list[torch.nn.Module]:
@@ -56,13 +60,25 @@ class Reward:
                 module.to(device)
 
     def __call__(self, pictures: Tensor | Sequence[Tensor], prompts: Sequence[str]) -> Tensor:
-        """[N] float32. Raises `RunError` on a wrong count, and on NaN or infinity with the prompt that got it."""
+        """[N] float32, of N pictures [H, W, 3] or videos [F, H, W, 3] in 0..1.
+
+        Raises `RunError` on a wrong count, and on NaN or infinity with the prompt that got it.
+        """
         import torch
 
         host().load(self)
-        parts = [self._checked(pictures[i: i + self.batch_size], prompts[i: i + self.batch_size])
-                 for i in range(0, len(prompts), self.batch_size)]
-        return torch.cat(parts)
+        if len(pictures) and pictures[0].ndim == 4:
+            chosen = [video[spread(len(video), self.frames)] for video in pictures]
+            owners = torch.arange(len(chosen)).repeat_interleave(torch.tensor([len(frames) for frames in chosen]))
+            values = self._batches([frame for frames in chosen for frame in frames], [prompts[i] for i in owners.tolist()])
+            return torch.stack([values[owners == i].mean() for i in range(len(chosen))])
+        return self._batches(pictures, prompts)
+
+    def _batches(self, pictures: Tensor | Sequence[Tensor], prompts: Sequence[str]) -> Tensor:
+        import torch
+
+        return torch.cat([self._checked(pictures[i: i + self.batch_size], prompts[i: i + self.batch_size])
+                          for i in range(0, len(prompts), self.batch_size)])
 
     def _checked(self, pictures, prompts: Sequence[str]) -> Tensor:
         import torch
@@ -75,6 +91,13 @@ class Reward:
             raise RunError(f"reward {self.name!r}: found {values[bad].item()} for the prompt {prompts[bad]!r}; "
                            "accepted: finite numbers")
         return values
+
+
+def spread(count: int, most: int) -> list[int]:
+    """At most `most` places in 0..count - 1, evenly spread, the first and the last among them; of one the middle."""
+    if most == 1:
+        return [count // 2]
+    return [round(i * (count - 1) / (most - 1)) for i in range(most)] if count > most else list(range(count))
 
 
 def distinct(name: str, taken: Collection[str]) -> str:

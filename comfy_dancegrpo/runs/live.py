@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 SIZE = 256  # pixels of a picture's longer side, at most
 SAMPLES = 32  # of a group, at most
+KINDS = {"jpg": "image/jpeg", "webp": "image/webp"}  # of its files: pictures, and videos that move
+FPS = 16  # of those: Wan's own
 POINTS = 1000  # of a curve, at most
 COLUMNS = ("iteration", "reward_mean", "reward_std", "group_std", "clip_fraction", "approx_kl", "grad_norm", "ratio_deviation")
 _follower = metrics.Follower(COLUMNS)
@@ -27,19 +29,24 @@ _follower = metrics.Follower(COLUMNS)
 
 def write(folder: RunFolder, iteration: int, iterations: int, seconds_left: float, stats: UpdateStats) -> None:
     """Replaces the live state by that of an iteration (from 1) that has just ended."""
-    from .pictures import to_image
+    from .pictures import save_animation, to_image
 
     scores = stats.advantages.scores
     rollout, total = scores.rollout, scores.total
     first = [i for i, group in enumerate(rollout.groups.tolist()) if group == 0]
     ranked = sorted(first, key=lambda i: -stats.advantages.values[i].item())[:SAMPLES]
     folder.live.mkdir(parents=True, exist_ok=True)
-    samples, former = [], list(folder.live.glob("*.jpg"))
+    samples, former = [], [path for kind in KINDS for path in folder.live.glob(f"*.{kind}")]
+    videos = rollout.pictures.ndim == 5
     for place, i in enumerate(ranked):
-        name, image = f"{iteration}-{place}.jpg", to_image(rollout.pictures[i])
-        image.thumbnail((SIZE, SIZE))
+        name = f"{iteration}-{place}.{'webp' if videos else 'jpg'}"
         with replacing(folder.live / name) as beside:
-            image.save(beside, "JPEG", quality=90)
+            if videos:
+                save_animation(rollout.pictures[i], beside, FPS, SIZE)
+            else:
+                image = to_image(rollout.pictures[i])
+                image.thumbnail((SIZE, SIZE))
+                image.save(beside, "JPEG", quality=90)
         samples.append({"file": name, "score": total[i].item(), "advantage": stats.advantages.values[i].item()})
     state = {"iteration": iteration, "iterations": iterations, "seconds_left": seconds_left, "prompt": rollout.prompts[first[0]],
              "reward": " + ".join(name for name, _, _ in scores.columns), "samples": samples}
