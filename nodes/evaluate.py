@@ -26,7 +26,7 @@ class Evaluate:
             "prompts": wires.socket(wires.PROMPTS, "Prompts that were not trained on."),
             "reward": wires.socket(wires.REWARD, reward),
             "steps": wires.integer(16, 1, 1000, "Denoising steps."),
-            "shift": wires.number(3.0, 0.0, 100.0, "Of the flow's time grid; 0 takes what the model's own scheduler says.", 0.1),
+            "shift": wires.number(3.0, 0.0, 100.0, "Of a flow's time grid; 0 takes what the model's own scheduler says. Diffusion models have none and ignore it.", 0.1),
             "guidance_scale": wires.number(3.5, 0.0, 100.0, "The model's own guidance; without effect where it has none.", 0.1),
             "width": wires.integer(720, 16, 8192, "Pixels.", 8),
             "height": wires.integer(720, 16, 8192, "Pixels.", 8),

@@ -28,7 +28,7 @@ class GroupSample:
             "steps": wires.integer(16, 2, 1000, "Denoising steps."),
             "transition": wires.choice(stochastic, "How noise enters: dance_sde for flows, ddim for diffusion models."),
             "eta": wires.number(0.3, 0.0, 10.0, "How much noise. Too little, and a group's pictures are all alike; too much, and they are ugly."),
-            "shift": wires.number(3.0, 0.0, 100.0, "Of the flow's time grid; 0 takes what the model's own scheduler says.", 0.1),
+            "shift": wires.number(3.0, 0.0, 100.0, "Of a flow's time grid; 0 takes what the model's own scheduler says. Diffusion models have none and ignore it.", 0.1),
             "guidance_scale": wires.number(3.5, 0.0, 100.0, "The model's own guidance; without effect where it has none.", 0.1),
             "width": wires.integer(720, 16, 8192, "Pixels.", 8),
             "height": wires.integer(720, 16, 8192, "Pixels.", 8),
