@@ -44,9 +44,10 @@ class StableDiffusion3(Policy):
 
     def latent_shape(self, size: Size) -> tuple[int, ...]:
         scale, config = self.pipeline.vae_scale_factor, self.denoiser.config
-        multiple_of(size, scale * config.patch_size)
-        if max(size.height, size.width) > (limit := config.pos_embed_max_size * scale * config.patch_size):
-            raise ValueError(f"found {size}, accepted: up to {limit} on a side")
+        patch = scale * config.patch_size
+        multiple_of(size, patch)
+        if max(size.height, size.width) > (limit := config.pos_embed_max_size * patch):
+            raise ValueError(f"found {size}, accepted: multiples of {patch} up to {limit}")
         return config.in_channels, size.height // scale, size.width // scale
 
     def denoise(self, latents: Tensor, timesteps: Tensor, tensors: dict[str, Tensor], plan: SamplingPlan) -> Tensor:

@@ -1,3 +1,4 @@
+from comfy_dancegrpo.grpo.protocol import Size
 from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 
 import tiny
@@ -36,4 +37,5 @@ def drawn(pipeline, asked):
     return draw(pipeline, asked, max_sequence_length=16)  # the tokenizer's
 
 
-CASES = [Case("sd3", sd3, COMFYUI, draw=drawn), Case("sd3.5", sd35, COMFYUI, draw=drawn)]
+CASES = [Case("sd3", sd3, COMFYUI, draw=drawn),
+         Case("sd3.5", sd35, COMFYUI, draw=drawn, odd=Size(64, 200))]  # larger than its table of positions, 24 patches of 8 pixels
