@@ -26,6 +26,7 @@ FAMILIES: dict[str, tuple[str, str]] = {
     "HunyuanSkyreelsImageToVideoPipeline": ("skyreels", "SkyReels"),
     "LTXPipeline": ("ltx", "LTX"),
     "LTXImageToVideoPipeline": ("ltx", "LTXImageToVideo"),
+    "LTX2Pipeline": ("ltx2", "LTX2"),
     "StableDiffusion3Pipeline": ("sd3", "StableDiffusion3"),
     "StableDiffusionPipeline": ("stable_diffusion", "StableDiffusion"),
     "StableDiffusionXLPipeline": ("stable_diffusion", "StableDiffusionXL"),
@@ -107,7 +108,7 @@ def _family(folder: Path) -> tuple[str, str]:
         raise RunError(f'input "policy": found {name} in {folder / places.INDEX}, a family that is not known; '
                        f'accepted: a diffusers folder of {", ".join(FAMILIES)}')
     libraries = {value[0] for value in places.index(folder).values() if isinstance(value, list) and value and value[0]}
-    if odd := libraries - {"diffusers", "transformers", "stable_diffusion"}:  # diffusers would import code of that name from the folder
+    if odd := libraries - {"diffusers", "transformers", "stable_diffusion", "ltx2"}:  # diffusers would import code of that name from the folder
         raise RunError(f'input "policy": found the library {odd.pop()!r} in {folder / places.INDEX}, accepted: diffusers and transformers')
     return FAMILIES[name]
 
