@@ -17,6 +17,7 @@ from comfy_dancegrpo.runs import live, lock  # noqa: E402
 
 ACTIVE = {"run": "first", "node": "10", "prompt_id": "p", "iteration": 2, "iterations": 5}
 JPEG = b"\xff\xd8 a picture"
+WEBP = b"RIFF a video"
 ROWS = [{"iteration": 1, "reward_mean": 0.25, "reward_std": 0.1}, {"iteration": 2, "reward_mean": float("nan"), "reward_std": 0.2}]
 GROUP = {"prompt": "a red ring", "reward": "clip_score", "samples": [{"file": "2-0.jpg", "score": 0.5, "advantage": 1.0}]}
 
@@ -31,6 +32,7 @@ def output(tmp_path):
         (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
         (run / "live" / "state.json").write_text(json.dumps({"iteration": 2, "iterations": 5, "seconds_left": 7.5, **GROUP}))
         (run / "live" / "2-0.jpg").write_bytes(JPEG)
+        (run / "live" / "2-1.webp").write_bytes(WEBP)
         (run / "1-0.jpg").write_bytes(b"not live")
     (tmp_path / "live").mkdir()
     for secret in (tmp_path / "live" / "1-0.jpg", tmp_path / "output" / "1-0.jpg", tmp_path / "run.json"):
@@ -86,6 +88,7 @@ def test_answers(ask, output, prefix):
     assert (run["state"], run["iteration"], run["iterations"], run["seconds_left"], run["group"]) == ("running", 2, 5, 7.5, GROUP)
     assert value(ask("GET", f"{prefix}/dancegrpo/runs/second%20run"))["state"] == "finished"
     assert ask("GET", f"{prefix}/dancegrpo/runs/first/live/2-0.jpg") == (200, "image/jpeg", JPEG)
+    assert ask("GET", f"{prefix}/dancegrpo/runs/first/live/2-1.webp") == (200, "image/webp", WEBP)
 
 
 def test_a_run_whose_process_is_gone(ask, output):
