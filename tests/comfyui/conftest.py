@@ -15,10 +15,11 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+from frontend import browser, visit  # noqa: F401 (fixtures)
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
-PATIENCE = 300  # seconds for what takes a few on an idle machine
+PATIENCE = 600  # seconds for what takes a few on an idle machine
 
 
 class ComfyUI:
@@ -44,13 +45,23 @@ class ComfyUI:
             [os.environ.get("COMFYUI_PYTHON", sys.executable), HERE / "start.py", os.environ["COMFYUI_PATH"], *map(str, words)], stdout=self.log, stderr=self.log,
             env={**os.environ, "DANCEGRPO_TEST_COUNTS": str(self.counts)})
         until = time.monotonic() + PATIENCE
-        while True:
-            try:
-                self.get("/system_stats")
-                return
-            except OSError:
-                assert self.process.poll() is None and time.monotonic() < until, self.said
-                time.sleep(0.2)
+        while not self._answers():
+            if self.process.poll() is not None or time.monotonic() > until:
+                self.stop()
+                raise AssertionError(self.said)
+            time.sleep(0.2)
+
+    def _answers(self) -> bool:
+        try:
+            self.get("/system_stats")
+        except OSError:
+            return False
+        return True
+
+    def stop(self) -> None:
+        self.process.terminate()
+        self.process.wait(PATIENCE)
+        self.log.close()
 
     @property
     def said(self) -> str:
@@ -105,8 +116,7 @@ def start_comfyui(tmp_path_factory):
 
     yield start
     for server in started:
-        server.process.terminate()
-        server.process.wait(PATIENCE)
+        server.stop()
 
 
 @pytest.fixture(scope="module")
