@@ -11,6 +11,7 @@ import diffusers
 import numpy as np
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
+from PIL.Image import Image
 from torch import Tensor
 
 from .. import embedded, processes
@@ -125,6 +126,10 @@ class Policy(abc.ABC):
         text = self.negative_text
         return self.encode([prompt.with_text(text) if hasattr(prompt, "with_text") else text for prompt in prompts], size)
 
+    def picture(self, prompt: str, size: Size) -> Image:
+        """The prompt's reference picture as the pipeline is given it, RGB. Raises `RunError` when it has none."""
+        return reference(prompt, self.name)
+
     def condition(self, prompts: list[str], size: Size) -> Conditioning:
         """Both sides of guidance for each prompt, one row a prompt."""
         with self.encoding():
@@ -223,8 +228,8 @@ def pictures(pixels: Tensor) -> Tensor:
     return shown[:, 0] if shown.ndim == 5 and shown.shape[1] == 1 else shown
 
 
-def reference(prompt: str, policy: str):
-    """The prompt's picture, a PIL image, RGB. Raises `RunError` when it has none."""
+def reference(prompt: str, policy: str) -> Image:
+    """The prompt's picture, RGB. Raises `RunError` when it has none."""
     if getattr(prompt, "picture", None) is None:
         raise RunError(f"found the prompt {str(prompt)!r} without a picture, accepted by {policy!r}: prompts with one each "
                        '(a .jsonl file of {"prompt": ..., "image": "path"})')

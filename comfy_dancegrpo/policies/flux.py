@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import torch
 from diffusers import FluxKontextPipeline, FluxPipeline
+from PIL.Image import Image
 from torch import Tensor
 
 from ..grpo.protocol import SamplingPlan, Size
-from .base import Policy, multiple_of, pictures, reference
+from .base import Policy, multiple_of, pictures
 
 _MODULATION = r"(norm|norm1|norm1_context)\.linear"
 _BLOCKS = r"(transformer_blocks|single_transformer_blocks)\.\d+\."
@@ -75,15 +76,16 @@ class FluxKontext(Flux):
 
     pipeline_class = FluxKontextPipeline
 
+    def picture(self, prompt: str, size: Size) -> Image:
+        return self.pipeline.image_processor.resize(super().picture(prompt, size), size.height, size.width)
+
     def encode(self, prompts: list[str], size: Size) -> dict[str, Tensor]:
         latents = torch.cat([self._reference(prompt, size) for prompt in prompts])
         return {**super().encode(prompts, size), "reference": self.pipeline._pack_latents(latents, *latents.shape)}
 
     def _reference(self, prompt: str, size: Size) -> Tensor:
         """Latents of the prompt's picture, [1, C, h, w]."""
-        processor = self.pipeline.image_processor
-        image = processor.resize(reference(prompt, self.name), size.height, size.width)
-        pixels = processor.preprocess(image, size.height, size.width).to(self.device, self.pipeline.vae.dtype)
+        pixels = self.pipeline.image_processor.preprocess(self.picture(prompt, size), size.height, size.width).to(self.device, self.pipeline.vae.dtype)
         return self.pipeline._encode_vae_image(pixels, generator=None).to(self.dtype)
 
     def _sequence(self, latents: Tensor, tensors: dict[str, Tensor], plan: SamplingPlan) -> tuple[Tensor, Tensor]:

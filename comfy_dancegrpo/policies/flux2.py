@@ -12,12 +12,13 @@ import numpy as np
 import torch
 from diffusers import Flux2KleinPipeline, Flux2Pipeline
 from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
+from PIL.Image import Image
 from torch import Tensor
 from transformers import AutoTokenizer
 
 from ..errors import RunError
 from ..grpo.protocol import SamplingPlan, Size
-from .base import Policy, multiple_of, pictures, reference
+from .base import Policy, multiple_of, pictures
 
 _DOUBLE, _SINGLE = r"transformer_blocks\.\d+\.", r"single_transformer_blocks\.\d+\.attn\.(to_qkv_mlp_proj|to_out)"
 _ATTENTION = r"attn\.(to_q|to_k|to_v|to_out\.0|add_q_proj|add_k_proj|add_v_proj|to_add_out)"
@@ -47,10 +48,11 @@ class Flux2(Policy):
             raise RunError(_MIXED)
         return {"embeds": embeds, "text_ids": text_ids, "reference": torch.cat(tokens), "pictured": torch.tensor(found, device=self.device)}
 
+    def picture(self, prompt: str, size: Size) -> Image:
+        return self.pipeline.image_processor.resize(super().picture(prompt, size), size.height, size.width)
+
     def _reference(self, prompt: str, size: Size) -> Tensor:
-        processor = self.pipeline.image_processor
-        image = processor.resize(reference(prompt, self.name), size.height, size.width)
-        pixels = processor.preprocess(image, height=size.height, width=size.width).to(self.device, self.pipeline.vae.dtype)
+        pixels = self.pipeline.image_processor.preprocess(self.picture(prompt, size), height=size.height, width=size.width).to(self.device, self.pipeline.vae.dtype)
         return self.pipeline._pack_latents(self.pipeline._encode_vae_image(pixels, generator=None)).to(self.dtype)
 
     def own_schedule(self, steps: int, size: Size):
