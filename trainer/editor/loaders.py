@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 from comfy_dancegrpo.nodes import wires
-from comfy_dancegrpo.policies import KINDS
+from comfy_dancegrpo.policies.places import KINDS
 from comfy_dancegrpo.workflow.graph import is_link
 from comfy_dancegrpo.workflow.host import host
 from comfy_dancegrpo.workflow.schema import inputs_of
