@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..errors import RunError
 from ..grpo.protocol import SamplingPlan, Size
-from .base import Policy, multiple_of, pictures
+from .base import Policy, multiple_of, pictures, reference
 
 _BLOCKS = r"blocks\.\d+\."
 _ATTENTION = r"attn[12]\.(to_q|to_k|to_v|to_out\.0|add_k_proj|add_v_proj)"
@@ -65,7 +65,7 @@ class Wan(Policy):
 
     def _pixels(self, prompt, size: Size) -> Tensor:
         """The prompt's picture in the size of the video, [1, 3, H, W] in -1..1."""
-        return self.pipeline.video_processor.preprocess(prompt.picture.image(), height=size.height, width=size.width).to(self.device, torch.float32)
+        return self.pipeline.video_processor.preprocess(reference(prompt, self.name), height=size.height, width=size.width).to(self.device, torch.float32)
 
     def _vae_encoded(self, video: Tensor) -> Tensor:
         vae = self.pipeline.vae
@@ -128,15 +128,12 @@ class WanImageToVideo(Wan):
     pipeline_class = WanImageToVideoPipeline
 
     def encode(self, prompts: list[str], size: Size) -> dict[str, Tensor]:
-        for prompt in prompts:
-            if getattr(prompt, "picture", None) is None:
-                raise RunError(f"found the prompt {str(prompt)!r} without a picture, accepted by {self.name!r}: prompts with one each, the first frame "
-                               '(a .jsonl file of {"prompt": ..., "image": "path"})')
+        images = [reference(prompt, self.name) for prompt in prompts]
         tensors = super().encode(prompts, size)
         if not self.pipeline.config.expand_timesteps:
             tensors["condition"] = torch.cat([self._condition(prompt, size) for prompt in prompts])
         if self.denoiser.config.image_dim is not None:
-            tensors["vision"] = torch.cat([self.pipeline.encode_image(prompt.picture.image(), self.device) for prompt in prompts]).to(self.dtype)
+            tensors["vision"] = torch.cat([self.pipeline.encode_image(image, self.device) for image in images]).to(self.dtype)
         return tensors
 
     def _condition(self, prompt, size: Size) -> Tensor:
