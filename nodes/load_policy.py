@@ -38,12 +38,16 @@ class LoadPolicy:
 
     @classmethod
     def VALIDATE_INPUTS(cls, policy, vae=OWN, text_encoder=OWN, text_encoder_2=OWN, text_encoder_3=OWN, components=OWN):
-        given = (policy, vae, text_encoder, text_encoder_2, text_encoder_3, components)
-        return (None not in given and policies.problem(policy, _parts(*given[1:]))) or True
+        given = dict(zip(PARTS, (vae, text_encoder, text_encoder_2, text_encoder_3, components)))
+        if policy is None or None in given.values():  # they come over links
+            return True
+        return policies.problem(policy, parts_of(given)) or True
 
     def load(self, policy: str, dtype: str, vae=OWN, text_encoder=OWN, text_encoder_2=OWN, text_encoder_3=OWN, components=OWN, prompt_cache="memory"):
-        return (policies.load(policy, dtype, _parts(vae, text_encoder, text_encoder_2, text_encoder_3, components), prompt_cache),)
+        given = dict(zip(PARTS, (vae, text_encoder, text_encoder_2, text_encoder_3, components)))
+        return (policies.load(policy, dtype, parts_of(given), prompt_cache),)
 
 
-def _parts(*names: str) -> places.Parts:
-    return places.Parts(**{part: "" if name == OWN else name for part, name in zip(PARTS, names)})
+def parts_of(values: dict) -> places.Parts:
+    """From the node's inputs by name."""
+    return places.Parts(**{part: "" if values[part] == OWN else values[part] for part in PARTS})

@@ -68,13 +68,21 @@ def run(workflow: Workflow, output: Output = Path("output"), models: Models = No
 @app.command()
 def validate(workflow: Workflow, output: Output = Path("output"), models: Models = None, extra_model_paths: ExtraModelPaths = None,
              input: Input = None, comfyui: ComfyUI = None, run: Run = None, set_: Set = None, iterations: Iterations = None,
-             seed: Seed = None, debug: Debug = False) -> None:
+             seed: Seed = None, memory: Annotated[bool, typer.Option("--memory", help="Estimates what training will need of memory.")] = False,
+             debug: Debug = False) -> None:
     """Checks a workflow as run does, and loads nothing."""
     from .session import Options, prepare
 
     with _reported(debug):
         host = prepare(workflow, Options(output, input, models, extra_model_paths, comfyui, run, iterations, seed, set_ or []))
         print(f"{workflow}: {len(host.prompt)} nodes, no problems found")
+        if memory:
+            from comfy_dancegrpo.workflow.host import use
+
+            from .memory import report
+
+            with use(host):
+                print(*report(host), sep="\n")
 
 
 @app.command()

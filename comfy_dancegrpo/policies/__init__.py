@@ -50,7 +50,7 @@ def problem(name: str, parts: Parts = Parts()) -> str | None:
     """Why `load(name)` would fail, in one line, as far as it is found without loading anything; None where nothing is."""
     try:
         path, given = find(name), parts.files()
-        _resolve(path, parts)
+        resolve(path, parts)
         for component in places.components(path) if path.is_dir() and path not in EMBEDDED.values() else ():
             if component not in given and (missing := places.weights_missing(path, component)):
                 return f'input "policy": found {path}, and {missing}'
@@ -64,7 +64,7 @@ def find(name: str) -> Path:
     return EMBEDDED.get(name) or places.policy(name)
 
 
-def _resolve(path: Path, parts: Parts) -> tuple[tuple[str, str], list[Path]]:
+def resolve(path: Path, parts: Parts) -> tuple[tuple[str, str], list[Path]]:
     """The family's (module, class), and the diffusers folders whose configurations may be that of `path`: itself, or a file's."""
     if path.is_dir():
         if parts.components:
@@ -118,7 +118,7 @@ def load(name: str, dtype: str = "float32", parts: Parts = Parts(), prompt_cache
     if line := problem(name, parts):
         raise RunError(line)
     path, given = find(name), parts.files()
-    _, folders = _resolve(path, parts)
+    _, folders = resolve(path, parts)
     with quiet_loading():
         components = {}
         if path.is_file() or given:

@@ -1,0 +1,149 @@
+"""Encoded prompts on disk: the same tensors, read in place of the encoders, through damage, other models and several processes."""
+
+import dataclasses
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from comfy_dancegrpo import policies
+from comfy_dancegrpo.embedded import POLICY
+from comfy_dancegrpo.grpo.protocol import Size
+from comfy_dancegrpo.prompts import Prompt, Reference
+from comfy_dancegrpo.runs.prompt_cache import FOLDER, PromptCache
+from comfy_dancegrpo.workflow.host import Host, use
+
+SIZE = Size(64, 64)
+WAIT = 300  # seconds
+PROMPTS = ("a large red circle in the center on a white background", "a small blue star at the top left")
+
+
+class Heard(Host):
+    def __init__(self, **folders):
+        super().__init__(**folders)
+        self.lines = []
+
+    def say(self, line):
+        self.lines.append(line)
+
+
+@pytest.fixture
+def here(tmp_path):
+    host = Heard(models=tmp_path / "models", output=tmp_path / "output")
+    with use(host):
+        yield host
+
+
+def counted(policy, monkeypatch):
+    """The prompts that the policy's encoders were asked for."""
+    asked, encode = [], policy.encode
+    monkeypatch.setattr(policy, "encode", lambda prompts, size: asked.extend(prompts) or encode(prompts, size))
+    return asked
+
+
+def same(one, other):
+    assert one.tensors.keys() == other.tensors.keys()
+    assert all(torch.equal(value, other.tensors[name]) and value.dtype == other.tensors[name].dtype for name, value in one.tensors.items())
+
+
+def files(host):
+    return sorted((host.output_folder / FOLDER).glob("*"))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_next_run_reads_what_this_one_encoded(here, monkeypatch, dtype):
+    policy = policies.load("embedded", dtype, prompt_cache="disk")
+    asked = counted(policy, monkeypatch)
+    fresh = PromptCache(policies.load("embedded", dtype)).get(PROMPTS, SIZE)
+    assert not files(here)  # in memory alone, unless asked for
+    cache = PromptCache(policy)
+    same(cache.get(PROMPTS, SIZE), fresh)
+    same(cache.get(PROMPTS[::-1], SIZE), PromptCache(policy).get(PROMPTS[::-1], SIZE))
+    assert asked == list(PROMPTS) and len(files(here)) == 2
+    same(PromptCache(policies.load("embedded", dtype, prompt_cache="disk")).get(PROMPTS, SIZE), fresh)
+    assert not here.lines
+
+
+@pytest.mark.parametrize("damage", [lambda data: data[:-1], lambda data: data[:4], lambda data: b"", lambda data: data[:-1] + bytes([data[-1] ^ 1])])
+def test_a_damaged_file_is_made_anew(here, monkeypatch, damage):
+    policy = policies.load("embedded", prompt_cache="disk")
+    fresh = PromptCache(policy).get(PROMPTS, SIZE)
+    whole = files(here)[0].read_bytes()
+    files(here)[0].write_bytes(damage(whole))
+    asked = counted(policy, monkeypatch)
+    same(PromptCache(policy).get(PROMPTS, SIZE), fresh)
+    assert len(asked) == 1 and "is damaged; it is made anew" in here.lines[0]
+    assert files(here)[0].read_bytes() == whole
+
+
+def test_whatever_the_encoding_depends_on_makes_another_file(here, tmp_path):
+    shutil.copytree(POLICY, tmp_path / "models" / "diffusers" / "mine")
+    picture = Reference("one", "one.png:1", lambda: None)
+
+    def count(name="embedded", dtype="float32", prompt="a star", size=SIZE):
+        PromptCache(policies.load(name, dtype, prompt_cache="disk")).get((prompt,), size)
+        return len(files(here))
+
+    assert [count(), count(), count(dtype="bfloat16"), count(prompt="a circle"), count(prompt=Prompt("a star", picture)),
+            count(prompt=Prompt("a star", dataclasses.replace(picture, key="two"))), count(size=Size(64, 32)), count("mine"), count("mine")
+            ] == [1, 1, 2, 3, 4, 5, 6, 7, 7]
+    changed = tmp_path / "models" / "diffusers" / "mine" / "text_encoder" / "model.safetensors"
+    os.utime(changed, (1, 1))
+    assert count("mine") == 8
+
+
+ENCODE = """
+import sys
+import torch
+from comfy_dancegrpo import policies
+from comfy_dancegrpo.grpo.protocol import Size
+from comfy_dancegrpo.runs.prompt_cache import PromptCache
+from comfy_dancegrpo.workflow.host import Host, use
+torch.set_num_threads(1)
+with use(Host(output=sys.argv[1])):
+    PromptCache(policies.load("embedded", prompt_cache="disk")).get(sys.argv[2:], Size(64, 64))
+"""
+
+
+def test_two_processes_at_once_leave_whole_files(here):
+    both = [subprocess.Popen([sys.executable, "-c", ENCODE, str(here.output_folder), *PROMPTS]) for _ in range(2)]
+    assert [process.wait(WAIT) for process in both] == [0, 0]
+    assert len(files(here)) == 2 and all(file.suffix == ".safetensors" for file in files(here))
+    policy = policies.load("embedded", prompt_cache="disk")
+    policy.encode = None  # it must not be asked
+    same(PromptCache(policy).get(PROMPTS, SIZE), PromptCache(policies.load("embedded")).get(PROMPTS, SIZE))
+
+
+def test_a_write_that_breaks_off_leaves_the_cache_usable(here, monkeypatch):
+    policy = policies.load("embedded", prompt_cache="disk")
+
+    def full(tensors, path, **options):
+        path.write_bytes(b"half a file")
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("comfy_dancegrpo.runs.prompt_cache.save_file", full)
+        fresh = PromptCache(policy).get(PROMPTS, SIZE)
+    assert not files(here) and "could not be kept" in here.lines[0] and "No space left" in here.lines[0]
+    same(PromptCache(policy).get(PROMPTS, SIZE), fresh)
+    assert len(files(here)) == 2
+
+
+# -- the encoders' place ------------------------------------------------------------------------------------------------------
+def test_encoders_are_moved_once_for_the_prompts_of_many_iterations(here, monkeypatch):
+    """On a stand-in for an accelerator: what is told to move, and what is encoded ahead."""
+    policy = policies.load("embedded")
+    moved = []
+    monkeypatch.setattr(policy, "_move_encoders", lambda device: moved.append(device.type))
+    cache = PromptCache(policy)
+    cache.get(PROMPTS[:1], SIZE, upcoming=PROMPTS)
+    cache.get(PROMPTS[:1], SIZE, upcoming=PROMPTS)
+    assert moved == ["cpu", "cpu"]  # to the policy's device and back, and nothing ahead: a CPU has nothing to spare them
+    asked = counted(policy, monkeypatch)
+    monkeypatch.setattr(type(policy), "device", torch.device("meta"))
+    with pytest.raises(Exception):  # tensors go to the "accelerator" only after all is encoded
+        cache.get(("another",), SIZE, upcoming=(*PROMPTS, "a third"))
+    assert asked[0] == "another" and moved[2:3] == ["meta"] and moved[-1] == "cpu"
