@@ -52,8 +52,9 @@ class Flux2(Policy):
         return self.pipeline.image_processor.resize(super().picture(prompt, size), size.height, size.width)
 
     def _reference(self, prompt: str, size: Size) -> Tensor:
-        pixels = self.pipeline.image_processor.preprocess(self.picture(prompt, size), height=size.height, width=size.width).to(self.device, self.pipeline.vae.dtype)
-        return self.pipeline._pack_latents(self.pipeline._encode_vae_image(pixels, generator=None)).to(self.dtype)
+        pixels = self.pipeline.image_processor.preprocess(self.picture(prompt, size), height=size.height, width=size.width)
+        latents = self.pipeline._encode_vae_image(pixels.to(self.device, self.pipeline.vae.dtype), generator=None)
+        return self.pipeline._pack_latents(latents).to(self.dtype)
 
     def own_schedule(self, steps: int, size: Size):
         _, rows, columns = self.latent_shape(size)

@@ -2,7 +2,7 @@ import tiny
 from comfy_dancegrpo.grpo.protocol import Size
 from diffusers import HunyuanSkyreelsImageToVideoPipeline
 
-from . import PROMPTS, Case, draw_video_of_picture, pictured
+from . import Case, draw_video_of_picture, pictured
 from .hunyuan_video import CASE as HUNYUAN
 from .hunyuan_video import WIDE, cheaply, parts, wide
 
