@@ -110,26 +110,25 @@ class Adapter:
     def start_from(self, snapshot: LoraSnapshot) -> None:
         """Takes over another LoRA: the same update of the weights, at this one's rank and alpha.
 
-        Where this rank is larger, what A has more stays random and what B has more zero. Modules that the other has not stay at their
-        start. Raises `ValueError` where it has weights that this one has no place for.
+        What the other leaves free (modules, ranks) stays at its start: A random and B zero, for with both zero nothing would ever be
+        learned there. Raises `ValueError` where it has weights that this one has no place for.
         """
-        if odd := sorted(snapshot.tensors.keys() - self.parameters.keys()):
-            raise ValueError(f"the LoRA to start from does not fit: {len(odd)} of its {len(snapshot.tensors)} weights find no place in "
-                             f"{self.settings.targets!r} of {self.policy.name!r}, such as {odd[0]!r}")
         strength = snapshot.settings.alpha / snapshot.settings.rank / (self.settings.alpha / self.settings.rank)
+        pairs = {name: (a, snapshot.tensors[name.replace(".lora_A.", ".lora_B.")]) for name, a in snapshot.tensors.items() if ".lora_A." in name}
+        used = {name: a.flatten(1).any(1) & b.flatten(2).any(2).any(0) if b.ndim > 2 else a.any(1) & b.any(0) for name, (a, b) in pairs.items()}
+        pairs = {name: pair for name, pair in pairs.items() if used[name].any()}
+        if odd := sorted(pairs.keys() - self.parameters.keys()):
+            raise ValueError(f"the LoRA to start from does not fit: {len(odd)} of its {len(pairs)} layers find no place in "
+                             f"{self.settings.targets!r} of {self.policy.name!r}, such as {odd[0]!r}")
         with torch.no_grad():
-            for name, value in snapshot.tensors.items():
-                p = self.parameters[name]
-                if value.ndim != p.ndim or any(theirs > ours for theirs, ours in zip(value.shape, p.shape)):
-                    raise ValueError(f"the LoRA to start from does not fit: {name} is {list(value.shape)}, accepted: at most {list(p.shape)}")
-                is_a = ".lora_A." in name
-                outer = (value.shape[1:], p.shape[1:]) if is_a else (value.shape[:1], p.shape[:1])
-                if outer[0] != outer[1]:
-                    raise ValueError(f"the LoRA to start from does not fit: {name} is {list(value.shape)}, of a model of another size; here {list(p.shape)}")
-                if is_a:
-                    p[:len(value)] = value
-                else:
-                    p[:, :value.shape[1]] = value * strength
+            for name, (a, b) in pairs.items():
+                ours, theirs = self.parameters[name], self.parameters[name.replace(".lora_A.", ".lora_B.")]
+                a, b = a[used[name]].to(ours.device), b[:, used[name]].to(ours.device)
+                if (a.shape[1:], b.shape[:1], b.shape[2:]) != (ours.shape[1:], theirs.shape[:1], theirs.shape[2:]) or len(a) > len(ours):
+                    raise ValueError(f"the LoRA to start from does not fit: {name} is {list(a.shape)} with lora_B {list(b.shape)}, "
+                                     f"accepted: {list(ours.shape)} with {list(theirs.shape)}")
+                ours[:len(a)] = a
+                theirs[:, :len(a)] = b * strength
 
     def remove(self) -> None:
         """Takes the adapter off; the denoiser is then as it was before it was attached."""
