@@ -87,17 +87,21 @@ def single_files(*kinds: str) -> list[str]:
 
 
 # -- the Hugging Face cache ---------------------------------------------------------------------------------------------------
-def _cache() -> Path:
-    from huggingface_hub import constants
-
+def _cache() -> Path | None:
+    """None where the library is missing that fills it: nodes are listed with the standard library alone."""
+    try:
+        from huggingface_hub import constants
+    except ModuleNotFoundError:
+        return None
     return Path(constants.HF_HUB_CACHE)
 
 
 def cached(name: str) -> Path | None:
     """The folder of a hub id ("org/name") in the cache: the snapshot that its main branch was at when it was downloaded."""
-    if not _HUB_NAME.fullmatch(name) or ".." in name:
+    cache = _cache()
+    if cache is None or not _HUB_NAME.fullmatch(name) or ".." in name:
         return None
-    repository = _cache() / f"models--{name.replace('/', '--')}"
+    repository = cache / f"models--{name.replace('/', '--')}"
     try:
         snapshot = repository / "snapshots" / (repository / "refs" / "main").read_text(encoding="utf-8").strip()
     except OSError:
@@ -107,7 +111,8 @@ def cached(name: str) -> Path | None:
 
 def hub_names() -> list[str]:
     """The hub ids of diffusers pipelines in the cache."""
-    folders = sorted(_cache().glob("models--*--*")) if _cache().is_dir() else []
+    cache = _cache()
+    folders = sorted(cache.glob("models--*--*")) if cache and cache.is_dir() else []
     names = (folder.name.removeprefix("models--").replace("--", "/", 1) for folder in folders)
     return [name for name in names if cached(name)]
 
