@@ -129,6 +129,19 @@ def test_a_size_that_the_latents_cannot_have(policy):
         policy.latent_shape(Size(64, 60))
 
 
+def test_a_diffusers_without_the_family_is_named(monkeypatch):
+    import diffusers
+    from comfy_dancegrpo.errors import RunError
+
+    monkeypatch.delitem(sys.modules, "comfy_dancegrpo.policies.flux")
+    monkeypatch.delattr(policies, "flux")
+    monkeypatch.setitem(sys.modules, "diffusers", type(sys)("diffusers"))
+    sys.modules["diffusers"].__version__ = "0.1"
+    with pytest.raises(RunError, match=r'input "policy": Flux needs a newer diffusers than 0\.1: .*FluxKontextPipeline'):
+        policies.load("embedded")
+    assert diffusers.__version__ != "0.1"
+
+
 # -- ratio one --------------------------------------------------------------------------------------------------------------------
 def first_update(policy, micro_batch):
     """An update of a LoRA that is not at its start, on its own fresh rollout."""

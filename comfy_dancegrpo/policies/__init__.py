@@ -113,6 +113,16 @@ def _family(folder: Path) -> tuple[str, str]:
     return FAMILIES[name]
 
 
+def _class(module: str, name: str) -> type[Policy]:
+    """Raises `RunError` where the installed diffusers is too old to have the family's pipeline."""
+    try:
+        return getattr(importlib.import_module(f".{module}", __name__), name)
+    except ImportError as error:
+        import diffusers
+
+        raise RunError(f'input "policy": {name} needs a newer diffusers than {diffusers.__version__}: {error}') from error
+
+
 def load(name: str, dtype: str = "float32", parts: Parts = Parts(), prompt_cache: str = "memory") -> Policy:
     """Loads a policy's weights, frozen, onto this process's device. Raises `RunError` where `problem` names one."""
     if line := problem(name, parts):
@@ -133,7 +143,6 @@ def load(name: str, dtype: str = "float32", parts: Parts = Parts(), prompt_cache
                     folders[0], components = single_file.load(path, folders, given, of)
                 else:
                     components = {component: single_file.separate(path, component, file, of) for component, file in given.items()}
-        module, cls = _family(folders[0])
-        policy = getattr(importlib.import_module(f".{module}", __name__), cls).load(name, folders[0], dtype, **components)
+        policy = _class(*_family(folders[0])).load(name, folders[0], dtype, **components)
     policy.sources, policy.prompt_cache = (path, folders[0], *given.values()), prompt_cache
     return policy
