@@ -109,3 +109,40 @@ def test_its_digest_tells_contents_and_strengths_apart(snapshot):
     stronger = dataclasses.replace(snapshot, settings=dataclasses.replace(snapshot.settings, alpha=4.0))
     assert same.digest() == snapshot.digest()
     assert len({snapshot.digest(), dataclasses.replace(snapshot, tensors=changed).digest(), stronger.digest()}) == 3
+
+
+def test_a_run_from_a_saved_lora_knows_it_by_its_content(cli, prompt, saved, tiny_loop, tmp_path):
+    """The second run begins where the first ended; with another content of the file, it is another run."""
+    from safetensors.torch import load_file, save_file
+
+    from comfy_dancegrpo.lora import files
+
+    output = tmp_path / "output"
+    loop_only = {node_id: node for node_id, node in prompt.items() if int(node_id) <= 11 and node["class_type"] != "PreviewImage"}
+    assert cli("run", saved(loop_only), "--output", output, *tiny_loop).status == 0
+    file = output / "quickstart" / "lora" / "quickstart.safetensors"
+    loop_only["20"] = {"class_type": "DanceGRPOLoadLora", "inputs": {"policy": ["1", 0], "lora": "quickstart/lora/quickstart.safetensors"}}
+    loop_only["4"]["inputs"] |= {"lora": ["20", 0], "optimizer": "adafactor", "run_name": "further"}
+    loop_only["11"]["inputs"]["filename"] = "further"
+    words = ("run", saved(loop_only, "further.json"), "--output", output, *tiny_loop)
+    assert cli(*words).status == 0
+    policy = policies.load("embedded")
+    first, second = (files.load(path, policy) for path in (file, output / "further" / "lora" / "further.safetensors"))
+    bare = Adapter(policy, first.settings, seed=0)
+    update = {name: first.tensors[name] for name in first.tensors if ".lora_B." in name}
+    apart = max((second.tensors[name] - value).abs().max() for name, value in update.items())
+    bare.remove()
+    assert 0 < apart < 10 * max(value.abs().max() for value in update.values())
+    again = (*words, "--set", "4.on_existing=resume")
+    assert any("finished and unchanged" in line for line in cli(*again).err)
+    save_file({name: value + 1e-3 for name, value in load_file(file).items()}, tmp_path / "changed.safetensors", metadata=header(file))
+    (tmp_path / "changed.safetensors").replace(file)
+    done = cli(*again)
+    assert done.status == 3 and "was made by another workflow" in done.verdict[0]
+
+
+def header(file):
+    from safetensors import safe_open
+
+    with safe_open(file, framework="pt") as opened:
+        return opened.metadata()
