@@ -12,7 +12,7 @@ class LoadLora:
     CATEGORY = wires.CATEGORY
     RETURN_TYPES = (wires.LORA,)
     RETURN_NAMES = ("lora",)
-    OUTPUT_TOOLTIPS = ("The LoRA, for Evaluate and Apply Policy LoRA.",)
+    OUTPUT_TOOLTIPS = ("The LoRA, for Evaluate, Apply Policy LoRA, or Loop Start to go on from.",)
     FUNCTION = "load"
 
     @classmethod
