@@ -11,7 +11,6 @@ pytest.importorskip("comfyui_frontend_package")
 pytest.importorskip("playwright.sync_api")
 
 
-
 @pytest.fixture
 def tiny_quickstart(quickstart, tmp_path):
     path = tmp_path / "tiny.json"
