@@ -17,6 +17,7 @@ def report(host: ConsoleHost) -> list[str]:
     from comfy_dancegrpo.grpo.protocol import Size
     from comfy_dancegrpo.lora.adapter import LoraSettings
     from comfy_dancegrpo.nodes.load_policy import parts_of
+    from comfy_dancegrpo.quiet import quiet_loading
 
     lines: list[str] = []
     for start_id, start in _of_class(host, "DanceGRPOLoopStart"):
@@ -30,11 +31,12 @@ def report(host: ConsoleHost) -> list[str]:
                 continue
             sample = _values(host, sample_id)
             try:
-                lines += memory.report(memory.Wanted(
-                    policy=base["policy"], parts=parts_of(base), dtype=base["dtype"], optimizer=loop["optimizer"], ema=loop["ema_decay"] > 0,
-                    lora=LoraSettings(loop["lora_rank"], loop["lora_alpha"], loop["lora_targets"]),
-                    gradient_checkpointing=loop["gradient_checkpointing"], micro_batch=loop["micro_batch"], steps=sample["steps"],
-                    samples=loop["prompts_per_iteration"] * sample["group_size"], size=Size(sample["height"], sample["width"], sample["frames"])))
+                with quiet_loading():
+                    lines += memory.report(memory.Wanted(
+                        policy=base["policy"], parts=parts_of(base), dtype=base["dtype"], optimizer=loop["optimizer"], ema=loop["ema_decay"] > 0,
+                        lora=LoraSettings(loop["lora_rank"], loop["lora_alpha"], loop["lora_targets"]),
+                        gradient_checkpointing=loop["gradient_checkpointing"], micro_batch=loop["micro_batch"], steps=sample["steps"],
+                        samples=loop["prompts_per_iteration"] * sample["group_size"], size=Size(sample["height"], sample["width"], sample["frames"])))
             except ValueError as error:
                 raise WorkflowError(f"{node_label(sample_id, host.prompt)}: {error}") from None
     return lines or ["the workflow has no training loop, so there is nothing to estimate"]
