@@ -1,13 +1,16 @@
 """The estimate of memory against what is there when everything is loaded."""
 
+import dataclasses
+
 import pytest
 import torch
 
 from comfy_dancegrpo import memory, policies
 from comfy_dancegrpo.grpo.learner import Learner, OptimizerSettings
-from comfy_dancegrpo.grpo.protocol import Size
+from comfy_dancegrpo.grpo.protocol import SamplingPlan, Size
 from comfy_dancegrpo.lora.adapter import Adapter, LoraSettings
 from comfy_dancegrpo.policies.places import Parts
+from comfy_dancegrpo.runs.prompt_cache import encode
 from comfy_dancegrpo.workflow.host import Host, use
 from families import stable_diffusion, wan
 
@@ -17,8 +20,6 @@ BUILDS = {"embedded": None, "wan": wan.wan22_a14b, "sd": stable_diffusion.sd15}
 
 
 def replaced(**changes):
-    import dataclasses
-
     return dataclasses.replace(WANTED, **changes)
 
 
@@ -53,6 +54,29 @@ def test_activations_grow_with_the_batch_and_shrink_with_checkpointing():
     assert activations(micro_batch=8) == 2 * activations()
     assert activations(gradient_checkpointing=True) < activations() / 2
     assert activations(size=Size(64, 32)) == activations() / 2
+
+
+def test_activations_are_within_a_factor_of_two_of_what_autograd_keeps():
+    policy = policies.load("embedded")
+    adapter = Adapter(policy, LoraSettings(4, 4.0, "attention and feed-forward"))
+    weights = {p.untyped_storage().data_ptr() for p in policy.denoiser.parameters()}
+    kept = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    plan = SamplingPlan(policy.time_grid(4, 3.0, WANTED.size), "dance_sde", 0.3, 3.5, WANTED.size)
+    conditioning = encode(policy, ("a small blue star",) * 4, WANTED.size)
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            output = policy.predict(torch.randn(4, *policy.latent_shape(WANTED.size)), plan.grid.timesteps[1].expand(4), conditioning, plan)
+    finally:
+        adapter.remove()
+    assert output.requires_grad
+    assert 0.5 < memory.estimate(WANTED)["activations in training (rough)"] / sum(kept.values()) < 2
 
 
 def test_the_report_names_what_dominates():
