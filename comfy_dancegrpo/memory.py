@@ -48,7 +48,7 @@ def estimate(wanted: Wanted) -> dict[str, float]:
     policy = empty(family, folders[0], wanted.dtype)
     bytes_each = torch.finfo(getattr(torch, wanted.dtype)).bits // 8
     encoders = [name for name in places.components(folders[0]) if name.startswith(("text_encoder", "image_encoder"))]
-    counts = {name: _count(given[name]) if name in given else _stored(folders[0], name, path) for name in encoders}
+    counts = {name: _count(given[name]) if name in given else _stored(folders[0], name) for name in encoders}
     trained = lora_numbers(policy, wanted.lora)
     return {
         "weights of the denoiser": sum(map(_numbers, policy.denoisers.values())) * bytes_each,
@@ -128,6 +128,6 @@ def _count(file: Path) -> int:
     return sum(stored.count for stored in headers.read(file).values())
 
 
-def _stored(folder: Path, component: str, path: Path) -> int:
+def _stored(folder: Path, component: str) -> int:
     """Numbers of a text encoder in its folder; of one within a checkpoint, the folder having none, 0."""
     return sum(_count(file) for file in (folder / component).glob("*.safetensors"))

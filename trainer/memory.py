@@ -13,7 +13,7 @@ from .console import ConsoleHost
 
 def report(host: ConsoleHost) -> list[str]:
     """The lines about every loop, in the active host's folders. Raises WorkflowError for values that only a run will know."""
-    from comfy_dancegrpo import memory, policies
+    from comfy_dancegrpo import memory
     from comfy_dancegrpo.grpo.protocol import Size
     from comfy_dancegrpo.lora.adapter import LoraSettings
     from comfy_dancegrpo.nodes.load_policy import parts_of
