@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import json
 from collections.abc import Callable
@@ -21,7 +22,7 @@ SUFFIXES = (".txt", ".jsonl", ".csv")
 
 @dataclass(frozen=True)
 class Reference:
-    """A reference picture (to be edited, or a video's first frame). name: for messages. key: tells contents apart."""
+    """A reference picture (to be edited, or a video's first frame). name: its path. key: tells contents apart, without reading them."""
 
     name: str
     key: str
@@ -36,6 +37,13 @@ class Reference:
                 return image.convert("RGB")
         status = path.stat()
         return cls(str(path), f"{path.resolve()}:{status.st_size}:{status.st_mtime_ns}", read)
+
+    def digest(self) -> str:
+        """sha256 of its bytes: the same wherever it lies. Raises `RunError` where it cannot be read."""
+        try:
+            return hashlib.sha256(Path(self.name).read_bytes()).hexdigest()
+        except OSError as error:
+            raise RunError(f"the reference picture {self.name} cannot be read: {error.strerror}") from None
 
     def image(self) -> Image:
         """RGB. Raises `RunError` where it cannot be read."""

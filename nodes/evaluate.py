@@ -36,10 +36,11 @@ class Evaluate:
             "grid_columns": wires.integer(8, 1, 64, "Pairs in a row of the grid."),
             "grid_rows": wires.integer(2, 1, 64, "Rows of pairs in the grid."),
         }, "optional": {"reward_2": wires.socket(wires.REWARD, reward), "reward_3": wires.socket(wires.REWARD, reward), "frames": wires.FRAMES},
-                "hidden": {"unique_id": "UNIQUE_ID"}}
+                "hidden": {"unique_id": "UNIQUE_ID", "prompt": "PROMPT"}}
 
     def evaluate(self, policy, lora, prompts, reward, steps, shift, guidance_scale, width, height, noise_seed, samples_per_prompt,
-                 batch_size, grid_columns, grid_rows, reward_2=None, reward_3=None, frames=1, unique_id=""):
+                 batch_size, grid_columns, grid_rows, reward_2=None, reward_3=None, frames=1, unique_id="",
+                 prompt=None):
         from comfy_dancegrpo.grpo.protocol import SamplingPlan, Size
         from comfy_dancegrpo.runs import evaluate, pictures
         from comfy_dancegrpo.runs.folder import RunFolder
@@ -57,7 +58,8 @@ class Evaluate:
         found = evaluate.evaluate(policy, lora, prompts.prompts, rewards, plan, noise_seed, batch_size, samples_per_prompt)
         host().say(f"Evaluate: without the LoRA, and with {'its moving average' if lora.averaged else 'it'} after {lora.iterations} iterations")
         if lora.folder is not None:  # one that was loaded from a file is of no run here
-            RunFolder(lora.folder).add_evaluations(str(unique_id), {comparison.reward: comparison.summary() for comparison in found.comparisons})
+            RunFolder(lora.folder).add_evaluations(
+                str(unique_id), {comparison.reward: comparison.summary() for comparison in found.comparisons}, prompt or {})
         for comparison in found.comparisons:
             host().say(comparison.line())
         grid = pictures.before_after(found, grid_columns, grid_rows)

@@ -127,7 +127,9 @@ class LoopRunner:
         body = loop.LoopBody.from_json(body[0])
         runner = loop.BodyRunner(body, host().registry, outside, prompt[0], extra_pnginfo[0])
         policy, prompts, settings = self._settings(**runner.start_inputs())
-        told = loop.fingerprint(prompt[0], body, NOT_IN_FINGERPRINT), prompts.prompts  # a prompt file may change in place
+        told = loop.fingerprint(prompt[0], body, NOT_IN_FINGERPRINT, host().registry), prompts.prompts  # a prompt file may change in place
+        if pictures := [p.picture.digest() for p in prompts.prompts if getattr(p, "picture", None)]:  # and so may its pictures
+            told += (pictures,)
         if settings.start_from is not None:  # and so may a LoRA's
             told += (settings.start_from.digest(),)
         fingerprint = hashlib.sha256(repr(told).encode()).hexdigest()

@@ -37,7 +37,11 @@ class PromptSet:
 
     @classmethod
     def IS_CHANGED(cls, text, file, limit):
-        return prompts.find(file).stat().st_mtime_ns if file and file.strip() else 0
+        """Changes with the file, and with the pictures that it names."""
+        if not (file and file.strip()):
+            return ""
+        keys = [prompt.picture.key for prompt in prompts.read(file) if prompt.picture]
+        return repr((prompts.find(file).stat().st_mtime_ns, keys))
 
     @staticmethod
     def _prompts(text: str, file: str) -> list[str]:

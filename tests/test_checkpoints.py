@@ -198,14 +198,13 @@ def test_what_a_run_begins_with(host):
 
 @pytest.mark.parametrize("order", [("15", "7", "12:3"), ("12:3", "7", "15", "7"), ("7", "15", "12:3", "15")])
 def test_each_evaluate_has_its_own_entries_in_whatever_order_they_run(host, order):
-    host.prompt = {"7": {}, "15": {}, "12:3": {}}
+    nodes = {"7", "15", "12:3"}  # of the workflow; a host may know no prompt, or that of an earlier one
     folder = RunFolder(host.output_folder / "run")
     for node in order:
-        folder.add_evaluations(node, {"clip": {"gain": f"of {node}"}, **({"exact": {"gain": 2}} if node == "15" else {})})
+        folder.add_evaluations(node, {"clip": {"gain": f"of {node}"}, **({"exact": {"gain": 2}} if node == "15" else {})}, nodes)
     summary = json.loads((folder.path / "summary.json").read_text())
     assert summary["evaluations"] == {"clip": {"gain": "of 7"}, "clip_2": {"gain": "of 12:3"}, "clip_3": {"gain": "of 15"}, "exact": {"gain": 2}}
-    host.prompt = {"15": {}}  # the others were taken out of the workflow
-    folder.add_evaluations("15", {"clip": {"gain": 5}})
+    folder.add_evaluations("15", {"clip": {"gain": 5}}, {"15"})  # the others were taken out of the workflow
     assert json.loads((folder.path / "summary.json").read_text())["evaluations"] == {"clip": {"gain": 5}}
 
 

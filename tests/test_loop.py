@@ -255,6 +255,19 @@ def test_fingerprint_leaves_out_what_may_change():
     assert fingerprint(longer, leave_out=leave_out) != fingerprint(training(), leave_out=leave_out)
 
 
+def test_fingerprint_of_a_graph_that_lacks_what_a_node_has_learned_since(monkeypatch):
+    old, new = training(), training()
+    new["add"]["inputs"]["learned"] = 7
+    asked = REGISTRY[new["add"]["class_type"]].INPUT_TYPES()
+    monkeypatch.setattr(REGISTRY[new["add"]["class_type"]], "INPUT_TYPES",
+                        lambda: {**asked, "optional": {**asked.get("optional", {}), "learned": ("INT", {"default": 7})}})
+    assert fingerprint(new, registry=REGISTRY) == fingerprint(old, registry=REGISTRY) != fingerprint(new)
+    new["add"]["inputs"]["learned"] = 8
+    assert fingerprint(new, registry=REGISTRY) != fingerprint(old, registry=REGISTRY)
+    old["add"]["inputs"].pop("y", None)  # a required input counts whatever its value
+    assert fingerprint(old, registry=REGISTRY) != fingerprint(training(), registry=REGISTRY)
+
+
 def test_blocked_is_comfyuis_where_comfyui_is(monkeypatch):
     class ExecutionBlocker:
         def __init__(self, message):

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from comfy_dancegrpo import policies
+from comfy_dancegrpo.errors import RunError
 from comfy_dancegrpo.grpo.protocol import SamplingPlan, Size
 from comfy_dancegrpo.lora.adapter import Adapter, LoraSettings, LoraSnapshot, applied
 from comfy_dancegrpo.prompts import PromptList
@@ -146,3 +147,20 @@ def header(file):
 
     with safe_open(file, framework="pt") as opened:
         return opened.metadata()
+
+
+def test_restarting_a_run_does_not_delete_the_lora_that_it_starts_from(policy, snapshot, tmp_path):
+    lora = tmp_path / "run" / "lora" / "run.safetensors"
+    settings = LoopSettings(run_name="run", iterations=1, lora=LoraSettings(4, 8.0, "attention"), on_existing="restart",
+                            start_from=dataclasses.replace(snapshot, source=lora))
+    with use(Host(output=tmp_path)):
+        with Session(policy, PromptList(PROMPTS), dataclasses.replace(settings, start_from=None), "first") as session:
+            kept = session.folder.path / "kept"
+            kept.touch()
+        lora.parent.mkdir()
+        lora.write_bytes(b"weights")
+        record = (tmp_path / "run" / "run.json").read_bytes()
+        with pytest.raises(RunError, match=r"run 'run' starts from .*run\.safetensors, which restarting it would delete"):
+            with Session(policy, PromptList(PROMPTS), settings, "second"):
+                pass
+        assert lora.read_bytes() == b"weights" and (tmp_path / "run" / "run.json").read_bytes() == record

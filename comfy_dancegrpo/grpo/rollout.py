@@ -53,12 +53,13 @@ def initial_noise(request: Request, rows: Tensor, dtype: torch.dtype = torch.flo
 
 @torch.no_grad()
 def sample(policy: Denoiser, request: Request, conditioning: Conditioning, plan: SamplingPlan, version: tuple[str, int],
-           initial: Tensor | None = None, tick: Callable[[int, int], None] = lambda done, total: None) -> Rollout:
+           initial: Tensor | None = None, tick: Callable[[int, int], None] = lambda done, total: None, record: bool = True) -> Rollout:
     """Draws every sample of the request, micro-batch by micro-batch.
 
     Args:
         conditioning: P rows. version: of the policy, carried by the rollout. initial: [N, *latent_shape], in place of the
             request's own noise. tick: called after each micro-batch with (samples done, samples in all); it may raise to stop.
+        record: False keeps the pictures alone, for what is never trained on; states are then [0].
 
     Returns:
         The rollout; its log_probs are 0 where the transition has no noise.
@@ -76,7 +77,8 @@ def sample(policy: Denoiser, request: Request, conditioning: Conditioning, plan:
                    for g, i in zip(request.groups[rows].tolist(), request.indices[rows].tolist())]
         path, densities = [], []
         for t in range(steps):
-            path.append(x)
+            if record:
+                path.append(x)
             gaussian = step(policy, x, torch.full((len(rows),), t, device=device), batch, plan, calls, real)
             if t == steps - 1:
                 break
@@ -85,7 +87,8 @@ def sample(policy: Denoiser, request: Request, conditioning: Conditioning, plan:
         latents = getattr(gaussian, transition.scored)
         decoding = time.perf_counter()
         decoded = policy.decode(latents, plan)
-        states.append(torch.stack(path, 1)[:real])
+        if record:
+            states.append(torch.stack(path, 1)[:real])
         if densities:
             log_probs.append(torch.stack(densities, 1)[:real])
         pictures.append(decoded[:real].float().cpu())
@@ -94,7 +97,7 @@ def sample(policy: Denoiser, request: Request, conditioning: Conditioning, plan:
         tick(min(int(rows[0]) + request.micro_batch, count), count)
     return Rollout(
         prompts=tuple(request.prompts[g] for g in request.groups.tolist()), groups=request.groups, indices=request.indices,
-        conditioning=conditioning, plan=plan, states=torch.cat(states),
+        conditioning=conditioning, plan=plan, states=torch.cat(states) if record else levels.new_zeros(0),
         log_probs=torch.cat(log_probs) if log_probs else levels.new_zeros(count, 0), pictures=torch.cat(pictures),
         version=version, seed=request.seed, iteration=request.iteration, micro_batch=request.micro_batch,
         calls=calls, seconds=seconds,

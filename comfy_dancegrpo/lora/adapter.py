@@ -39,7 +39,7 @@ class LoraSnapshot:
 
     tensors: `<denoiser's prefix><module>.lora_A.weight` [r, in] and `<module>.lora_B.weight` [out, r], float32 on the CPU, alpha not folded in.
     layout: of its file (`lora.layouts`). iterations: trained so far. averaged: whether they are the moving average. folder: of the run that made them,
-    None where they were loaded from a file. prompts: that it was trained on, as far as known.
+    None where they were loaded from a file. prompts: that it was trained on, as far as known. source: the file that they were loaded from.
     """
 
     tensors: dict[str, Tensor] = field(repr=False)
@@ -50,6 +50,7 @@ class LoraSnapshot:
     averaged: bool
     folder: Path | None
     prompts: tuple[str, ...] = field(default=(), repr=False)
+    source: Path | None = None
 
     def digest(self) -> str:
         """sha256 over the weights and how strong they are."""

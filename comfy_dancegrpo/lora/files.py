@@ -79,7 +79,8 @@ def load(path: Path, policy: Policy) -> LoraSnapshot:
     settings = LoraSettings(rank, float(rank), targets)
     with processes.outside_inference_mode():
         tensors = {name: _placed(path, name, found.get(name), shape) for name, shape in _shapes(policy, settings).items()}
-    return LoraSnapshot(tensors, settings, header["policy"], policy.lora_layout, int(header["iterations"]), header["averaged"] == "true", None)
+    return LoraSnapshot(tensors, settings, header["policy"], policy.lora_layout, int(header["iterations"]), header["averaged"] == "true", None,
+                        source=path)
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

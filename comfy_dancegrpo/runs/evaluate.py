@@ -82,7 +82,7 @@ def evaluate(policy: Policy, snapshot: LoraSnapshot, prompts: tuple[str, ...], r
         def tick(now: int, total: int) -> None:
             host().check_interrupt()
             host().progress(half * total + now, 2 * total)
-        return sample(policy, request, conditioning, plan, ("evaluation", 0), tick=tick).pictures
+        return sample(policy, request, conditioning, plan, ("evaluation", 0), tick=tick, record=False).pictures
 
     def by_prompt(reward: Reward, pictures: Tensor) -> Tensor:
         return reward(pictures, repeated).view(len(prompts), samples_per_prompt).mean(1)
@@ -97,5 +97,5 @@ def evaluate(policy: Policy, snapshot: LoraSnapshot, prompts: tuple[str, ...], r
         for reward in rewards:
             name = distinct(reward.name, [c.reward for c in comparisons])
             comparisons.append(Comparison(name, by_prompt(reward, before), by_prompt(reward, after)))
-    return Evaluation(prompts, tuple(comparisons), before[::samples_per_prompt], after[::samples_per_prompt])
+    return Evaluation(prompts, tuple(comparisons), before[::samples_per_prompt].clone(), after[::samples_per_prompt].clone())
 

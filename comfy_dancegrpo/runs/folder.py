@@ -15,6 +15,7 @@ import os
 import platform
 import re
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 
 ON_EXISTING = ("new", "resume", "restart")
 MAY_CHANGE = ("run_name", "iterations", "checkpoint_every", "on_existing", "micro_batch", "gradient_checkpointing")  # without it being another run
-WRITTEN = ("workflow.json", "prompt.json", "run.json", "metrics.jsonl", "summary.json", "images", "checkpoints", "lora", "live")
+WRITTEN = ("workflow.json", "prompt.json", "run.json", "metrics.jsonl", "summary.json", "images", "videos", "checkpoints", "lora", "live")
 DEVICES = re.compile(r"(con|prn|aux|nul|(com|lpt)[0-9\u00b9\u00b2\u00b3]) *(\.|$)", re.IGNORECASE)  # Windows writes to these, whatever the suffix
 
 
@@ -88,11 +89,11 @@ class RunFolder:
         since = datetime.datetime.now(datetime.timezone.utc).isoformat(sep=" ", timespec="seconds")
         self.write_record(state="running", process={"pid": os.getpid(), "host": platform.node(), "since": since}, **changes)
 
-    def add_evaluations(self, node_id: str, found: dict[str, Any]) -> None:
+    def add_evaluations(self, node_id: str, found: dict[str, Any], nodes: Collection[str]) -> None:
         """Writes an Evaluate node's figures, by reward, into summary.json, in place of what it wrote before.
 
         Where several evaluate one reward, the second by node id is clip_score_2, in whatever order they ran; what a node wrote that is
-        no longer in the workflow is dropped. "evaluated_by" names each node's rewards.
+is dropped (`nodes` are the workflow's). "evaluated_by" names "evaluated_by" names each node's rewards.
         """
         from ..rewards import distinct
 
@@ -100,7 +101,7 @@ class RunFolder:
         summary = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
         former = iter(summary.get("evaluations", {}).values())  # in the order of "evaluated_by"
         figures = {node: {reward: next(former) for reward in rewards} for node, rewards in summary.get("evaluated_by", {}).items()}
-        figures = {node: values for node, values in figures.items() if node in host().prompt}
+        figures = {node: values for node, values in figures.items() if node in nodes}
         figures[node_id] = found
         summary["evaluations"], summary["evaluated_by"] = {}, {}
         for node in sorted(figures, key=lambda node: [(len(part), part) for part in node.split(":")]):

@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from .. import __version__
 from ..atomic import replacing
 from ..grpo.protocol import Conditioning, Size
 from ..policies.base import Policy
@@ -38,7 +39,10 @@ class PromptCache:
 
         Where one must be encoded, so are the `upcoming` ones: the text encoders are brought to an accelerator the fewer times.
         """
-        prompts = tuple(prompts)
+        prompts, upcoming = tuple(prompts), tuple(upcoming)
+        if self._folder is not None:  # the rest is found there again
+            wanted = {(prompt, size) for prompt in (*prompts, *upcoming)}
+            self._memory = {key: value for key, value in self._memory.items() if key in wanted}
         if missing := self._missing(prompts, size):
             ahead = () if self._policy.device.type == "cpu" else self._missing(upcoming, size)
             with torch.no_grad(), self._policy.encoding():
@@ -102,4 +106,5 @@ def _identity(policy: Policy) -> str:
     """Tells a policy's encoders from all others."""
     files = [file for source in policy.sources for file in (sorted(source.rglob("*")) if source.is_dir() else [source]) if file.is_file()]
     stats = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    return json.dumps([type(policy).__name__, str(policy.dtype), diffusers.__version__, transformers.__version__, stats])
+    versions = [__version__, torch.__version__, diffusers.__version__, transformers.__version__]
+    return json.dumps([type(policy).__name__, str(policy.dtype), policy.device.type, *versions, stats])

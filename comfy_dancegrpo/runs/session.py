@@ -99,6 +99,7 @@ class Session:
         self._is_new = not self.folder.record
         with contextlib.ExitStack() as undo:
             undo.callback(self._let_go)
+            self._keep_source()
             host().load(self.policy)
             self.adapter = Adapter(self.policy, settings.lora, settings.seed)
             undo.callback(self.adapter.remove)
@@ -119,6 +120,13 @@ class Session:
         host().run_moved(self.folder.path, self._done, settings.iterations)
         return self
 
+    def _keep_source(self) -> None:
+        """Raises `RunError` where starting over would delete the LoRA that the run starts from."""
+        source = self.settings.start_from.source if self.settings.start_from is not None else None
+        if self.action == "start" and source is not None and self.folder.path.resolve() in source.resolve().parents:
+            raise RunError(f"run {self.folder.name!r} starts from {source}, which restarting it would delete; "
+                           'choose another "run_name", or move the LoRA to the loras folder')
+
     def _load(self) -> None:
         found = checkpoints.newest(self.folder.checkpoints)
         if found is None and self.action == "reopen":
@@ -135,6 +143,7 @@ class Session:
             self.live.learner.load_state(tensors)
             self._saved = self._done
             if self.finished:
+                self.folder.write_record(state="finished", iterations=self._done)  # it may have been killed before it wrote so
                 host().say(f"run {self.folder.name!r} in {self.folder.path} is finished and unchanged; nothing is trained "
                            '("on_existing" restart trains it again)')
             else:  # also a finished run whose last checkpoint is damaged

@@ -7,12 +7,14 @@ and returns `expand(body, ...)`: one runner node, whose links are the values fro
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import sys
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from graphlib import TopologicalSorter
+from types import MappingProxyType
 from typing import Any
 
 from ..errors import RunError, WorkflowError
@@ -146,23 +148,37 @@ def expand(body: LoopBody, runner_class_type: str, results: int) -> dict[str, An
     return {"result": tuple([runner_id, slot] for slot in range(results)), "expand": {runner_id: runner}}
 
 
-def fingerprint(prompt: Prompt, body: LoopBody, leave_out: Collection[tuple[str, str]] = ()) -> str:
+def fingerprint(prompt: Prompt, body: LoopBody, leave_out: Collection[tuple[str, str]] = (),
+                registry: Mapping[str, type] = MappingProxyType({})) -> str:
     """sha256 over all that Loop End descends from: class types, inputs and how they are linked.
 
     Node ids, titles, the order of nodes and side branches (a preview in the body) do not matter. `leave_out` names inputs, as (class type, input name), that may
-    change without it being another run. A source in a cycle or not in the prompt raises, but validation comes first.
+    change without it being another run. An optional input at the default that its class of `registry` declares counts as one that is
+    not there: older graphs lack what a node has learned since. A source in a cycle or not in the prompt raises, but validation comes first.
     """
     ids = {body.end_id, *ancestors(prompt, [body.end_id])}
     sources = {node_id: {source for _, source, _ in links(prompt[node_id])} for node_id in ids}
     digests: dict[str, str] = {}
+    defaults = functools.cache(lambda class_type: _optional_defaults(registry.get(class_type)))
     for node_id in TopologicalSorter(sources).static_order():
         node = prompt[node_id]
         inputs = {
             name: ["link", digests[value[0]], int(value[1])] if is_link(value) else ["value", _number(value)]
-            for name, value in node["inputs"].items() if (node["class_type"], name) not in leave_out
+            for name, value in node["inputs"].items()
+            if (node["class_type"], name) not in leave_out and (is_link(value) or value != defaults(node["class_type"]).get(name, _NONE))
         }
         digests[node_id] = _digest([node["class_type"], inputs])
     return _digest(sorted(digests.values()))
+
+
+_NONE = object()
+
+
+def _optional_defaults(cls: type | None) -> dict[str, Any]:
+    """Of the class's optional inputs that are widgets."""
+    optional = cls.INPUT_TYPES().get("optional", {}) if cls is not None else {}
+    return {name: spec[1]["default"] for name, spec in optional.items()
+            if isinstance(spec, (tuple, list)) and len(spec) > 1 and isinstance(spec[1], dict) and "default" in spec[1]}
 
 
 def _number(value: Any) -> Any:
