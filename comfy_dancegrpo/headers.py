@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from .errors import RunError
 
@@ -30,6 +31,15 @@ class Stored:
 
 def read(path: Path) -> dict[str, Stored]:
     """The tensors of a file by name. Raises `RunError`, one line, for a file that is cut short or no safetensors file."""
+    return _header(path)[0]
+
+
+def metadata(path: Path) -> dict[str, Any]:
+    """What its writer noted in a file. Raises as `read`."""
+    return _header(path)[1]
+
+
+def _header(path: Path) -> tuple[dict[str, Stored], dict[str, Any]]:
     size = path.stat().st_size
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
@@ -40,11 +50,11 @@ def read(path: Path) -> dict[str, Stored]:
         raise RunError(f"{path} is cut short: it ends within its header")
     try:
         entries = json.loads(text)
-        entries.pop("__metadata__", None)
+        notes = dict(entries.pop("__metadata__", None) or {})
         found = {name: Stored(tuple(entry["shape"]), entry["dtype"]) for name, entry in entries.items()}
         whole = 8 + length + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
     except (ValueError, KeyError, TypeError, AttributeError, IndexError):
         raise RunError(f"{path} is no safetensors file") from None
     if size < whole:
         raise RunError(f"{path} is cut short: it has {size} bytes of {whole}; copy or download it again")
-    return found
+    return found, notes

@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import os
-import shutil
 import weakref
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ import folder_paths
 import nodes as comfy_nodes
 import torch
 from comfy_dancegrpo.errors import RunError
+from comfy_dancegrpo.lora import listing
 from comfy_dancegrpo.runs.folder import RunFolder
 from comfy_dancegrpo.workflow import host
 from comfy_execution.progress import get_progress_state
@@ -67,14 +66,8 @@ class ComfyHost(host.Host):
             return super().model_folders(kind)
 
     def lora_saved(self, path: Path) -> None:
-        """Puts it where ComfyUI's LoRA loaders look too, under the same name."""
-        listed = self.output_folder / "loras" / path.name
-        listed.parent.mkdir(parents=True, exist_ok=True)
-        listed.unlink(missing_ok=True)
-        try:
-            os.link(path, listed)
-        except OSError:  # another file system, or one without links
-            shutil.copyfile(path, listed)
+        """Puts it where ComfyUI's LoRA loaders look too, under the same name unless a file of the user's has it."""
+        listing.put(path, self.output_folder / "loras")
 
     # -- models -----------------------------------------------------------------------------------------------------
     def device(self) -> Any:
