@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
+
+_PATIENCE = 1.0  # seconds: Windows replaces no file that another process has open, and a reader has it for an instant
 
 
 @contextlib.contextmanager
@@ -18,7 +21,19 @@ def replacing(path: Path, own: str = "") -> Iterator[Path]:
     beside = path.with_name(f"{path.name}{own}.part")
     try:
         yield beside
-        os.replace(beside, path)
+        _replace(beside, path)
     except BaseException:
-        beside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # what went wrong first is what is told
+            beside.unlink(missing_ok=True)
         raise
+
+
+def _replace(source: Path, target: Path) -> None:
+    until = time.monotonic() + _PATIENCE
+    while True:
+        try:
+            return os.replace(source, target)
+        except PermissionError:
+            if time.monotonic() > until:
+                raise
+        time.sleep(0.02)

@@ -1,7 +1,9 @@
 """What a page reads of a run, and its request to stop."""
 
+import errno
 import io
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -190,6 +192,37 @@ def test_a_former_request_stops_no_later_run(cli, quickstart, tiny, tmp_path):
 def equal(folder, other):
     ours, theirs = (load_file(path / "lora/quickstart.safetensors") for path in (folder, other))
     assert ours.keys() == theirs.keys() and all((ours[name] == theirs[name]).all() for name in ours)
+
+
+def test_a_live_state_that_cannot_be_written_is_said_and_ends_no_run(cli, loop_only, saved, tiny_loop, tmp_path, monkeypatch):
+    def write(path, data):
+        raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+
+    monkeypatch.setattr(live, "write_atomically", write)
+    done = cli("run", saved(loop_only), "--output", tmp_path, *tiny_loop)
+    assert done.status == 0 and len(rows(tmp_path / "quickstart")) == 2
+    said = [line for line in done.err if "what pages show" in line]
+    assert len(said) == 2 and "iteration 1: " in said[0] and os.strerror(errno.EIO) in said[0]
+
+
+def test_pictures_that_a_page_has_open_are_deleted_later(cli, loop_only, saved, tiny_loop, tmp_path, monkeypatch):
+    """As Windows has it, which deletes no open file."""
+    unlink = Path.unlink
+
+    def refuse(self, missing_ok=False):
+        if self.suffix == ".jpg" and self.name.startswith("1-"):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(self))
+        unlink(self, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", refuse)
+    done = cli("run", saved(loop_only), "--output", tmp_path, *tiny_loop)
+    assert done.status == 0 and not any("what pages show" in line for line in done.err)
+    shown = {path.name for path in (tmp_path / "quickstart/live").glob("*.jpg")}
+    assert shown == {f"{iteration}-{place}.jpg" for iteration in (1, 2) for place in range(3)}
+    monkeypatch.undo()
+    words = ["run", saved(loop_only), "--output", tmp_path, *tiny_loop, "--iterations", 3, "--set", "Loop Start.on_existing=resume"]
+    assert cli(*words).status == 0
+    assert {path.name for path in (tmp_path / "quickstart/live").glob("*.jpg")} == {f"3-{place}.jpg" for place in range(3)}
 
 
 def test_reading_imports_no_torch():

@@ -6,12 +6,14 @@ A file `live/stop` asks the session to end after the iteration that it is in. Re
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..atomic import replacing
 from ..errors import RunError
+from ..workflow.host import host
 from . import lock, metrics
 from .folder import RunFolder, write_atomically
 
@@ -28,7 +30,14 @@ _follower = metrics.Follower(COLUMNS)
 
 
 def write(folder: RunFolder, iteration: int, iterations: int, seconds_left: float, stats: UpdateStats) -> None:
-    """Replaces the live state by that of an iteration (from 1) that has just ended."""
+    """Replaces the live state by that of an iteration (from 1) that has just ended. Where the disk will not take it, that is said, and no more."""
+    try:
+        _write(folder, iteration, iterations, seconds_left, stats)
+    except OSError as error:
+        host().say(f"iteration {iteration}: what pages show of the run could not be written ({error}); training goes on")
+
+
+def _write(folder: RunFolder, iteration: int, iterations: int, seconds_left: float, stats: UpdateStats) -> None:
     from .pictures import save_animation, to_image
 
     scores = stats.advantages.scores
@@ -53,7 +62,8 @@ def write(folder: RunFolder, iteration: int, iterations: int, seconds_left: floa
     write_atomically(folder.live / "state.json", json.dumps(state) + "\n")
     for path in former:  # last, so that what state.json names is always there
         if path.name not in {s["file"] for s in samples}:
-            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # Windows deletes no file that a page's server has open; the next iteration tries again
+                path.unlink(missing_ok=True)
 
 
 def read(path: Path) -> dict[str, Any]:
