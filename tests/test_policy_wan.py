@@ -1,11 +1,14 @@
 """What is Wan's own beside the table of families: two experts under one policy, first frames, and the names of its LoRA files."""
 
+import dataclasses
+
 import pytest
 import torch
 from comfy_dancegrpo.errors import RunError
 from comfy_dancegrpo.grpo.noise import generator
 from comfy_dancegrpo.grpo.protocol import Conditioning, SamplingPlan, Size
-from comfy_dancegrpo.lora.adapter import Adapter, LoraSettings
+from comfy_dancegrpo.lora import files
+from comfy_dancegrpo.lora.adapter import Adapter, LoraSettings, LoraSnapshot
 from comfy_dancegrpo.lora.layouts import wan as names
 from comfy_dancegrpo.policies.wan import Wan, WanImageToVideo
 from families import PROMPTS, pictured, wan
@@ -130,6 +133,52 @@ def test_each_expert_has_a_file():
     one, other = torch.zeros(1), torch.ones(1)
     assert names.split({"blocks.0.attn1.to_q.lora_A.weight": one, "transformer_2.blocks.0.attn1.to_q.lora_A.weight": other}) == {
         "_high_noise": {"blocks.0.attn1.to_q.lora_A.weight": one}, "_low_noise": {"blocks.0.attn1.to_q.lora_A.weight": other}}
+
+
+@pytest.fixture
+def both_files(experts, tmp_path):
+    """A LoRA of both experts with other weights in each, and its files."""
+    adapter = Adapter(experts, LoraSettings(2, 2.0, "attention"))
+    tensors = {name: torch.randn(p.shape, generator=generator("experts", name)) for name, p in adapter.parameters.items()}
+    adapter.remove()
+    snapshot = LoraSnapshot(tensors, adapter.settings, experts.name, experts.lora_layout, 3, False, None)
+    return snapshot, files.save(snapshot, tmp_path / "tuned.safetensors")
+
+
+def test_either_file_brings_both_experts_back(experts, both_files):
+    snapshot, paths = both_files
+    for path in paths:
+        loaded = files.load(path, experts)
+        assert loaded.settings == snapshot.settings and loaded.tensors.keys() == snapshot.tensors.keys()
+        assert all(torch.equal(value, snapshot.tensors[name]) for name, value in loaded.tensors.items())
+
+
+def test_one_of_the_two_files_alone_is_refused_in_one_line(experts, both_files):
+    snapshot, (high, low) = both_files
+    line = "is of the expert {} alone, and its other half is not at .*{}; accepted: two files in one folder, .*_high_noise.safetensors and _low_noise"
+    high.rename(high.with_name("away"))
+    with pytest.raises(RunError, match=line.format("low_noise", "tuned_high_noise.safetensors")):
+        files.load(low, experts)
+    renamed = low.rename(low.with_name("mine.safetensors"))
+    low.write_bytes(renamed.read_bytes())
+    with pytest.raises(RunError, match=line.format("low_noise", "mine_high_noise.safetensors")):
+        files.load(renamed, experts)
+    (other,) = files.save(dataclasses.replace(snapshot, iterations=4), high.with_name("tuned.safetensors"))[:1]
+    low.write_bytes(renamed.read_bytes())
+    assert other == high
+    with pytest.raises(RunError, match="were not saved together"):
+        files.load(high, experts)
+    with pytest.raises(RunError, match="it is of the expert low_noise alone, and the policy has 1$"):
+        files.load(low, loaded(wan.wan21))
+
+
+def test_the_file_of_a_model_of_one_expert_is_not_loaded_into_one_of_two(experts, both_files, tmp_path):
+    snapshot, _ = both_files
+    first = {name: value for name, value in snapshot.tensors.items() if not name.startswith(names.LOW)}
+    (path,) = files.save(dataclasses.replace(snapshot, tensors=first), tmp_path / "one.safetensors")
+    with pytest.raises(RunError, match="it is of a model of one expert, and the policy has 2$"):
+        files.load(path, experts)
+    assert files.load(path, loaded(wan.wan21)).tensors.keys() == first.keys()
 
 
 def test_a_name_of_another_layout_is_refused():

@@ -38,15 +38,16 @@ def contents(snapshot: LoraSnapshot) -> dict[str, dict[str, Tensor]]:
 
 def save(snapshot: LoraSnapshot, path: Path, metadata: dict[str, str] | None = None) -> list[Path]:
     """Writes `contents(snapshot)` to the path, or of several files to paths beside it; tells the host, and returns them."""
-    return [_write(part, snapshot, path.with_name(path.stem + suffix + path.suffix), metadata) for suffix, part in contents(snapshot).items()]
+    return [_write(part, snapshot, path.with_name(path.stem + suffix + path.suffix), {"dancegrpo.expert": suffix.strip("_")} | (metadata or {}))
+            for suffix, part in contents(snapshot).items()]
 
 
-def _write(tensors: dict[str, Tensor], snapshot: LoraSnapshot, path: Path, metadata: dict[str, str] | None) -> Path:
+def _write(tensors: dict[str, Tensor], snapshot: LoraSnapshot, path: Path, metadata: dict[str, str]) -> Path:
     header = {
         "format": "pt", "modelspec.sai_model_spec": "1.0.0", "modelspec.title": path.stem,
         "dancegrpo.policy": snapshot.policy, "dancegrpo.iterations": str(snapshot.iterations),
         "dancegrpo.averaged": str(snapshot.averaged).lower(), "dancegrpo.rank": str(snapshot.settings.rank),
-        "dancegrpo.alpha": str(snapshot.settings.alpha), **(metadata or {}),
+        "dancegrpo.alpha": str(snapshot.settings.alpha), **metadata,
     }
     with replacing(path) as beside:
         save_file(tensors, beside, metadata=header)
@@ -57,17 +58,20 @@ def _write(tensors: dict[str, Tensor], snapshot: LoraSnapshot, path: Path, metad
 def load(path: Path, policy: Policy) -> LoraSnapshot:
     """A file that `save` wrote, as an adapter on the smallest of the policy's `lora_targets` that holds all of the file's modules.
 
+    Of a model with two experts either of the two files stands for both.
     A module of that choice that the file lacks gets zeros, and so does what a module's lower rank leaves free. alpha is the rank, since the
     file has it folded into lora_B. The prompts that it was trained on and the run's folder are not in the file.
 
     Raises:
         RunError: it is no such file, or is damaged, or has weights that find no place in the denoiser.
     """
-    stored, header = _read(path)
+    parts, header = _parts(path, policy)
+    names = layout(policy.lora_layout)
     try:
-        found = layout(policy.lora_layout).from_file({key: value.float() for key, value in stored.items()})
+        parts = {suffix: names.from_file({key: value.float() for key, value in stored.items()}) for suffix, stored in parts.items()}
     except KeyError as error:
         raise _unfit(path, f"there is no place for {error.args[0]!r}") from None
+    found = names.join(parts) if hasattr(names, "join") else parts[""]
     targets, known = _targets({_module(name) for name in found}, policy)
     if lost := sorted(name for name in found if not name.endswith(_MATRICES) or _module(name) not in known):
         raise _unfit(path, f"there is no place for {lost[0]!r}")
@@ -81,6 +85,27 @@ def load(path: Path, policy: Policy) -> LoraSnapshot:
         tensors = {name: _placed(path, name, found.get(name), shape) for name, shape in _shapes(policy, settings).items()}
     return LoraSnapshot(tensors, settings, header["policy"], policy.lora_layout, int(header["iterations"]), header["averaged"] == "true", None,
                         source=path)
+
+
+def _parts(path: Path, policy: Policy) -> tuple[dict[str, dict[str, Tensor]], dict[str, str]]:
+    """The weights of the file and of those that `save` wrote with it, by what their names end in, and the file's header as `_read` gives it."""
+    stored, header = _read(path)
+    suffixes = layout(policy.lora_layout).SUFFIXES if len(policy.denoisers) > 1 else ("",)
+    expert = header.get("expert", "")
+    own = f"_{expert}" if expert else ""
+    if own not in suffixes:
+        raise _unfit(path, f"it is of {f'the expert {expert} alone' if expert else 'a model of one expert'}, and the policy has {len(suffixes)}")
+    parts = {}
+    for suffix in suffixes:
+        file = path if suffix == own else path.with_name(path.stem.removesuffix(own) + suffix + path.suffix)
+        if not file.is_file() or not path.stem.endswith(own):
+            ends = " and ".join(suffix + path.suffix for suffix in suffixes)
+            raise RunError(f"the LoRA in {path} is of the expert {expert} alone, and its other half is not at {file}; accepted: two files in one "
+                           f"folder, as Save LoRA wrote them, whose names end in {ends}")
+        parts[suffix], told = (stored, header) if file == path else _read(file)
+        if file != path and {**told, "expert": expert} != header:
+            raise RunError(f"{path} and {file} were not saved together, accepted: the two that Save LoRA wrote at once")
+    return parts, header
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

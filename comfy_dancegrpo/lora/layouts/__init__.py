@@ -3,8 +3,9 @@
 A layout is a module with two functions, each the other's inverse on what we train:
 `to_file(tensors) -> tensors` takes `<module>.lora_A.weight` [r, in] and `….lora_B.weight` [out, r], alpha folded in, modules by
 their names in diffusers' denoiser, and returns a file's content; `from_file(tensors) -> tensors` takes that content back, and
-raises `KeyError` with a key that is none of this layout's. Of a model with several denoisers the layout has a third,
-`split(tensors) -> {suffix of the file's name: tensors}`, and what the other two see is one denoiser's.
+raises `KeyError` with a key that is none of this layout's. Where a model may have several denoisers, the layout has also
+`split(tensors) -> {suffix of the file's name: tensors}`, its inverse `join`, and `SUFFIXES`, those of several denoisers in order; what the
+first two see is then one denoiser's.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ import re
 from torch import Tensor
 
 PREFIX = "diffusion_model."
+_HIGH_FILE, _LOW_FILE = SUFFIXES = "_high_noise", "_low_noise"  # of the experts' files' names
 LOW = "transformer_2."  # before the names of the expert of low noise (policies.wan)
 _PAIRS = (  # diffusers' names and Wan's, of modules; the same order of words in both
     ("attn1", "self_attn"), ("attn2", "cross_attn"),
@@ -33,7 +34,11 @@ def split(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     low = {name.removeprefix(LOW): value for name, value in tensors.items() if name.startswith(LOW)}
     if not low:
         return {"": tensors}
-    return {"_high_noise": {name: value for name, value in tensors.items() if not name.startswith(LOW)}, "_low_noise": low}
+    return {_HIGH_FILE: {name: value for name, value in tensors.items() if not name.startswith(LOW)}, _LOW_FILE: low}
+
+
+def join(parts: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {(LOW if suffix == _LOW_FILE else "") + name: value for suffix, tensors in parts.items() for name, value in tensors.items()}
 
 
 def to_file(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
