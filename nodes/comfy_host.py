@@ -59,6 +59,16 @@ class ComfyHost(host.Host):
     def input_folder(self, value: Any) -> None:
         """ComfyUI's own setting counts."""
 
+    @property
+    def run_folder(self) -> Path | None:
+        """Of the prompt that executes: this host outlives it, and what a later one saves is no part of its run."""
+        prompt_id, folder = self._run
+        return folder if prompt_id == _prompt_id() else None
+
+    @run_folder.setter
+    def run_folder(self, value: Path | None) -> None:
+        self._run = _prompt_id(), value
+
     def model_folders(self, kind: str) -> list[Path]:
         try:
             return [Path(p) for p in folder_paths.get_folder_paths(kind)]
@@ -119,8 +129,7 @@ class ComfyHost(host.Host):
     def run_started(self, folder: Path, node_id: str) -> None:
         super().run_started(folder, node_id)
         self._runs[node_id] = folder
-        context = get_executing_context()
-        self.active_run = {"run": folder.name, "node": node_id, "prompt_id": context.prompt_id if context else None}
+        self.active_run = {"run": folder.name, "node": node_id, "prompt_id": _prompt_id()}
 
     def run_moved(self, folder: Path, iteration: int, iterations: int) -> None:
         self._leave_node()
@@ -158,6 +167,12 @@ class ComfyHost(host.Host):
         server, context = PromptServer.instance, get_executing_context()
         if server.client_id is not None and context is not None:
             server.send_sync(event, {**data, "prompt_id": context.prompt_id}, server.client_id)
+
+
+def _prompt_id() -> str | None:
+    """Of what this thread executes, if anything."""
+    context = get_executing_context()
+    return context.prompt_id if context is not None else None
 
 
 class WholePatcher(comfy.model_patcher.ModelPatcher):

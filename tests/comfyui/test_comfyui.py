@@ -98,6 +98,19 @@ def test_queued_again_unchanged_it_trains_nothing_and_says_so(comfyui, named):
     assert f"run '{name_of(named)}' in {comfyui.output / name_of(named)} is finished" in comfyui.said
 
 
+def test_a_later_prompt_saves_nothing_in_the_runs_folder(comfyui, named):
+    save = {"class_type": "DanceGRPOSaveVideo", "inputs": {"fps": 8.0, "filename_prefix": name_of(named)}}
+    named["20"] = {**save, "inputs": {**save["inputs"], "images": ["5", 1]}}
+    assert ended(comfyui.run(named)) == "execution_success"
+    name, videos = name_of(named), comfyui.output / name_of(named) / "videos"
+    in_the_run = sorted(p.name for p in videos.iterdir())
+    assert in_the_run == [f"{name}_{n:05d}_.mp4" for n in (1, 2)]  # of its two iterations
+    later = {"1": {"class_type": "EmptyImage", "inputs": {"width": 32, "height": 32, "batch_size": 3, "color": 0}},
+             "2": {**save, "inputs": {**save["inputs"], "images": ["1", 0]}}}
+    assert ended(comfyui.run(later)) == "execution_success"
+    assert sorted(p.name for p in videos.iterdir()) == in_the_run and (comfyui.output / f"{name}_00001_.mp4").is_file()
+
+
 def test_restart_queued_twice_trains_twice(comfyui, named):
     named["4"]["inputs"]["on_existing"] = "restart"
     for _ in range(2):
