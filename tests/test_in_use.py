@@ -1,11 +1,13 @@
 """Several processes and one run's folder: one trains at a time, a killed one is known for what it is, and an empty run leaves nothing."""
 
 import contextlib
+import errno
 import os
 import signal
 import subprocess
 import sys
 
+import filelock
 import pytest
 
 from comfy_dancegrpo.errors import RunError
@@ -24,6 +26,26 @@ with use(Host(output=sys.argv[1])):
         folder.create("same", 4) if action == "start" else folder.write_running()
     print(folder.name, action, flush=True)
     sys.stdin.read()
+"""
+
+# a process that takes a run's folder and discards it, again and again, and says how often; whoever holds it is alone
+TAKE_AND_DISCARD = """
+import sys, time
+from pathlib import Path
+from comfy_dancegrpo.runs import lock
+from comfy_dancegrpo.runs.folder import RunFolder
+folder, alone, held_it, until = RunFolder(Path(sys.argv[1])), Path(sys.argv[1] + ".held"), 0, time.monotonic() + 3
+while time.monotonic() < until:
+    held = lock.take(folder.path)
+    if held is None:
+        continue
+    alone.touch(exist_ok=False)
+    time.sleep(0.001)
+    alone.unlink()
+    held_it += 1
+    folder.discard()
+    held.release()
+print(held_it)
 """
 
 
@@ -117,6 +139,45 @@ def test_looking_never_keeps_a_run_from_starting(output):
     finally:
         looking.kill()
         looking.wait()
+
+
+def test_who_waits_while_the_holder_discards_the_folder_gets_it(output, monkeypatch):
+    """The folder goes at the worst moment: after the waiting process has seen to it that it is there."""
+    folder, acquire, gone = RunFolder(output / "run"), filelock.FileLock.acquire, []
+    held = lock.take(folder.path)
+    folder.create("print", 4)
+
+    def discard_first(self, *arguments, **options):
+        if not gone:
+            gone.append(folder.path)
+            with monkeypatch.context() as around:
+                around.setattr(filelock.FileLock, "acquire", acquire)
+                folder.discard()
+                held.release()
+            assert not folder.path.exists()
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(lock.path_of(folder.path)))  # what opening its lock gives then
+        return acquire(self, *arguments, **options)
+
+    monkeypatch.setattr(filelock.FileLock, "acquire", discard_first)
+    taken = lock.take(folder.path)
+    assert gone and taken is not None and lock.held(folder.path)
+    taken.release()
+
+
+def test_a_folder_that_cannot_be_made_is_an_error_and_not_waited_for_forever(output):
+    (output / "run").mkdir()
+    (output / "run" / "live").touch()  # where the lock's folder would be
+    with pytest.raises(FileExistsError):
+        lock.take(output / "run")
+
+
+def test_processes_that_take_and_discard_one_folder_never_fail_nor_hold_it_together(output):
+    words = [sys.executable, "-c", TAKE_AND_DISCARD, str(output / "run")]
+    running = [subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(3)]
+    for process in running:
+        out, err = process.communicate(timeout=120)
+        assert process.returncode == 0, err
+        assert int(out) > 0  # how often it held the folder
 
 
 def test_discarding_spares_what_no_run_writes(output):

@@ -2,11 +2,14 @@
 
 The file `live/lock` says nothing by being there; only whether it is locked counts. So a killed process leaves nothing behind, and its
 number may be given to another.
+
+filelock 3.29.5 is the first that takes no lock on a file that was deleted meanwhile and, on Unix, deletes none on release, which may be another's.
 """
 
 from __future__ import annotations
 
 import threading
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,13 +28,19 @@ def take(folder: Path) -> BaseFileLock | None:
     """The lock of a run's folder, which is made where it is not there, until `release()`; None where another has it."""
     from filelock import FileLock, Timeout
 
-    path_of(folder).parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(path_of(folder), thread_local=False)
-    try:
-        lock.acquire(timeout=_WAIT, poll_interval=0.02)
-    except Timeout:
-        return None
-    return lock
+    until = time.monotonic() + _WAIT
+    while True:
+        try:
+            path_of(folder).parent.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(path_of(folder), thread_local=False)
+            lock.acquire(timeout=_WAIT, poll_interval=0.02)
+            return lock
+        except Timeout:
+            return None
+        except (FileNotFoundError, FileExistsError):  # who held it discards the folder just now: between two looks it is there, and gone
+            if time.monotonic() > until:
+                raise
+        time.sleep(0.02)
 
 
 def held(folder: Path) -> bool:
