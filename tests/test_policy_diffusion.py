@@ -9,9 +9,10 @@ from comfy_dancegrpo.grpo.protocol import Conditioning, SamplingPlan, Size
 from comfy_dancegrpo.grpo.rollout import Request, initial_noise, sample
 from comfy_dancegrpo.lora.layouts import kohya
 from comfy_dancegrpo.policies.stable_diffusion import StableDiffusion, StableDiffusionXL
+from comfy_dancegrpo.runs.draw import draw
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler, PNDMScheduler
 from families import PROMPTS, Drawing
-from families.stable_diffusion import BETAS, by_ddim, sd, sdxl, unet
+from families.stable_diffusion import BETAS, by_ddim, sd, sd15, sdxl, unet
 
 SIZE = Size(64, 64)
 
@@ -78,9 +79,20 @@ def test_the_empty_prompt_of_sdxl(zeros):
         assert torch.equal(side["embeds"], expected[0]) and torch.equal(side["pooled"], expected[1])
 
 
-def test_in_half_precision_a_vae_that_overflows_stays_in_float32():
-    half = StableDiffusionXL("tiny", sdxl().to(torch.float16), torch.float16)
-    assert half.pipeline.vae.dtype == torch.float32 and half.denoiser.dtype == torch.float16
+@pytest.mark.parametrize("family, build", [(StableDiffusion, sd15), (StableDiffusionXL, sdxl)])
+def test_half_precision(family, build):
+    """The VAE overflows there: our decode is in float32, and the pipeline's own drawing still finds the dtype that it expects."""
+    half, seen = family("tiny", build().to(torch.float16), torch.float16), []
+    hook = half.pipeline.vae.decoder.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].dtype))
+    latents = torch.randn(2, *half.latent_shape(SIZE), generator=torch.Generator().manual_seed(0))
+    whole = family("tiny", build(), torch.float32)
+    with torch.inference_mode():  # as ComfyUI runs nodes
+        decoded = half.decode(latents, None)
+    torch.testing.assert_close(decoded, whole.decode(latents, None), atol=2e-3, rtol=0)
+    assert seen == [torch.float32] * 2 and half.pipeline.vae.dtype == torch.float16
+    hook.remove()
+    drawn, exact = (next(draw(policy, PROMPTS[:1], SIZE, 3, 4.0, seed=1)) for policy in (half, whole))
+    assert drawn.shape == (64, 64, 3) and (drawn - exact).abs().mean() < 0.02
 
 
 def test_a_folder_with_a_safety_checker_is_known(tmp_path):

@@ -5,10 +5,14 @@ DanceGRPO's settings of Stable Diffusion (arXiv 2505.07818): 512x512, 50 steps, 
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
 from torch import Tensor
 
+from .. import processes
 from ..errors import RunError
 from ..grpo.protocol import SamplingPlan, Size, TimeGrid
 from .base import Policy, multiple_of, pictures
@@ -41,8 +45,6 @@ class StableDiffusion(Policy):
         if pipeline.unet.config.time_cond_proj_dim is not None:
             raise RunError('input "policy": found a UNet distilled to take guidance as an input (LCM), accepted: one guided by a second call')
         pipeline.vae.enable_slicing()
-        if dtype == torch.float16 and pipeline.vae.config.force_upcast:
-            pipeline.vae.to(torch.float32)  # SDXL's overflows in float16
 
     @property
     def denoiser(self) -> torch.nn.Module:
@@ -90,7 +92,22 @@ class StableDiffusion(Policy):
             scaled = latents * std / vae.config.scaling_factor + mean
         else:
             scaled = latents / vae.config.scaling_factor
-        return pictures(vae.decode(scaled.to(vae.dtype), return_dict=False)[0])
+        with self._exact(vae):
+            return pictures(vae.decode(scaled.to(vae.dtype), return_dict=False)[0])
+
+    @contextlib.contextmanager
+    def _exact(self, vae: torch.nn.Module) -> Iterator[None]:
+        """In float32 while the block runs where it overflows in float16 (SDXL's); not for longer, since the pipelines expect their own dtype."""
+        own = vae.dtype
+        with processes.outside_inference_mode():
+            if upcast := own == torch.float16 and vae.config.force_upcast:
+                vae.to(torch.float32)
+        try:
+            yield
+        finally:
+            if upcast:
+                with processes.outside_inference_mode():
+                    vae.to(own)
 
 
 class StableDiffusionXL(StableDiffusion):
