@@ -95,6 +95,19 @@ def test_half_precision(family, build):
     assert drawn.shape == (64, 64, 3) and (drawn - exact).abs().mean() < 0.02
 
 
+@pytest.mark.parametrize("zeros", [True, False])
+def test_sdxl_is_drawn_as_it_is_trained(zeros):
+    """Guided away from nothing or from the empty prompt, as its folder says; in a first-order scheduler without noise."""
+    tiny = StableDiffusionXL("tiny", sdxl(zeros), torch.float32)
+    tiny.pipeline.scheduler = DDIMScheduler.from_config(tiny.pipeline.scheduler.config, clip_sample=False)
+    shape = tiny.latent_shape(SIZE)
+    noise = torch.randn(1, *shape, generator=torch.Generator().manual_seed(6))
+    plan = SamplingPlan(tiny.time_grid(3, 0.0, SIZE), "ddim", 0.0, 6.0, SIZE)
+    trained = sample(tiny, Request(PROMPTS[:1], 1, shape, 0, 0, micro_batch=1), tiny.condition([PROMPTS[0]], SIZE), plan, ("run", 0), initial=noise)
+    drawn = next(draw(tiny, PROMPTS[:1], SIZE, 3, 6.0, seed=6))
+    assert (drawn - trained.pictures[0]).abs().max() < 1e-5
+
+
 def test_a_folder_with_a_safety_checker_is_known(tmp_path):
     (tmp_path / "model_index.json").write_text(
         '{"_class_name": "StableDiffusionPipeline", "safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"], '

@@ -126,6 +126,9 @@ class StableDiffusionXL(StableDiffusion):
             return {name: torch.zeros_like(value) for name, value in tensors.items()}
         return tensors
 
+    def pipeline_options(self) -> dict:
+        return {"negative_prompt": None} if self.pipeline.config.force_zeros_for_empty_prompt else {}  # it encodes any text, "" too
+
     def _added(self, tensors: dict[str, Tensor], size: Size) -> dict[str, Tensor]:
         pixels, pooled = (size.height, size.width), tensors["pooled"]
         ids = self.pipeline._get_add_time_ids(pixels, (0, 0), pixels, dtype=self.dtype, text_encoder_projection_dim=pooled.shape[-1])

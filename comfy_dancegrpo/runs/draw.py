@@ -21,10 +21,11 @@ def arguments(policy: Policy, prompt: str, size: Size, steps: int, guidance_scal
     given = {
         "prompt": str(prompt), "height": size.height, "width": size.width, "num_frames": size.frames, "num_inference_steps": steps,
         "max_area": size.height * size.width, "_auto_resize": False,  # without which FLUX.1 Kontext draws, and sees, about 1024x1024
-        "true_cfg_scale" if true_cfg else "guidance_scale": guidance_scale, **policy.pipeline_options(),
+        "true_cfg_scale" if true_cfg else "guidance_scale": guidance_scale,
     }
     if policy.classifier_free:
         given["negative_prompt"] = policy.negative_text
+    given |= policy.pipeline_options()
     if getattr(prompt, "picture", None) is not None:
         given["image"] = policy.picture(prompt, size)
     return {name: value for name, value in given.items() if name in takes}
