@@ -65,30 +65,34 @@ class SaveImage:
 
 class PreviewImage:
     CATEGORY, FUNCTION, RETURN_TYPES, OUTPUT_NODE = "image", "preview", (), True
-    DESCRIPTION = "Shows the pictures; headless, the latest are kept as one contact sheet in the run's images folder."
+    DESCRIPTION = "Shows the pictures, of videos the middle frame; headless, the latest are kept as one contact sheet in the run's images folder."
+    INPUT_IS_LIST = True  # videos come as a list, one IMAGE each: all of them belong in one sheet
 
     @classmethod
     def INPUT_TYPES(cls):
         return {"required": {"images": wires.socket("IMAGE", "The pictures to show.")}, "hidden": {"unique_id": "UNIQUE_ID"}}
 
-    def preview(self, images, unique_id=None):
+    def preview(self, images, unique_id=(None,)):
         from comfy_dancegrpo.runs.pictures import contact_sheet
 
-        name = re.sub(r"\W", "_", str(unique_id))
+        pictures = list(images[0] if len(images) == 1 else images)  # one batch of pictures, or several videos
+        if not pictures:
+            raise RunError('input "images": found none, accepted: one or more')
+        name = re.sub(r"\W", "_", str(unique_id[0]))
         if host().preview_folder is not None:
-            return {"ui": {"images": self._for_page(host().preview_folder, f"preview_{name}_{uuid.uuid4().hex}", images)}}
+            return {"ui": {"images": self._for_page(host().preview_folder, f"preview_{name}_{uuid.uuid4().hex}", pictures)}}
         folder = _images_folder()
         folder.mkdir(parents=True, exist_ok=True)
-        contact_sheet(list(images)).save(folder / f"preview_{name}.png")
+        contact_sheet(pictures).save(folder / f"preview_{name}.png")
         return {"ui": {"images": []}}
 
     @staticmethod
-    def _for_page(folder: Path, name: str, images) -> list[dict]:
+    def _for_page(folder: Path, name: str, pictures: list) -> list[dict]:
         """Writes each picture under a name that was never used: a page may still fetch the former ones."""
         from comfy_dancegrpo.runs.pictures import to_image
 
-        names = [f"{name}_{i}.png" for i in range(len(images))]
-        for file, picture in zip(names, images):
+        names = [f"{name}_{i}.png" for i in range(len(pictures))]
+        for file, picture in zip(names, pictures):
             to_image(picture).save(folder / file, compress_level=1)
         return [{"filename": file, "subfolder": "", "type": "temp"} for file in names]
 

@@ -80,10 +80,10 @@ class Score:
 
 
 def _samples(images: list, rollout):
-    """The samples that a list of IMAGEs holds: one batch of pictures, one video each, or the pictures of all of them in order."""
-    if len(images) == 1 and len(images[0]) == rollout.size:
-        return images[0]
+    """The samples that a list of IMAGEs holds: of a rollout of videos one each, however many frames one has; of pictures those of all batches in order."""
     videos = rollout.pictures.ndim == 5
+    if not videos and len(images) == 1 and len(images[0]) == rollout.size:
+        return images[0]
     samples = list(images) if videos else [picture for batch in images for picture in batch]
     if len(samples) != rollout.size:
         raise RunError(f'input "images": found {len(samples)} {"videos" if videos else "pictures"}, accepted: {rollout.size}, one for each sample')

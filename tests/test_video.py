@@ -3,19 +3,22 @@
 import json
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from comfy_dancegrpo import nodes
 from comfy_dancegrpo.errors import RunError
 from comfy_dancegrpo.grpo.noise import generator
+from comfy_dancegrpo.nodes.comfy_core import PreviewImage
 from comfy_dancegrpo.nodes.rewards import Score
 from comfy_dancegrpo.nodes.save_video import SaveVideo
 from comfy_dancegrpo.rewards import Reward, spread
 from comfy_dancegrpo.runs import live, video
 from comfy_dancegrpo.runs.evaluate import Comparison, Evaluation
 from comfy_dancegrpo.runs.folder import RunFolder
-from comfy_dancegrpo.runs.pictures import before_after, save_animation, to_image, to_tensor
+from comfy_dancegrpo.runs.pictures import before_after, contact_sheet, save_animation, to_image, to_tensor
 from comfy_dancegrpo.workflow.convert import to_prompt
+from comfy_dancegrpo.workflow.execute import execute
 from comfy_dancegrpo.workflow.host import Host, use
 from comfy_dancegrpo.workflow.read import read_workflow
 from comfy_dancegrpo.workflow.schema import object_info
@@ -75,7 +78,11 @@ def test_score_takes_what_group_sample_gives_and_what_nodes_make_of_it(shape):
     given = list(pictures) if pictures.ndim == 5 else [pictures]
     torch.testing.assert_close(scored(pictures * 0, given), expected)
     stills = pictures if pictures.ndim == 4 else pictures[:, 2]
-    torch.testing.assert_close(scored(pictures, [stills]), stills.flatten(1).mean(1))  # a picture of each, as one batch
+    if pictures.ndim == 4:
+        torch.testing.assert_close(scored(pictures * 0, [stills]), expected)
+    else:
+        with pytest.raises(RunError, match="found 1 videos, accepted: 4"):  # one video of four frames, not a frame of each of four
+            scored(pictures, [stills])
     torch.testing.assert_close(scored(pictures, [still[None] for still in stills]), stills.flatten(1).mean(1))
 
 
@@ -140,6 +147,29 @@ def test_the_live_group_of_videos_moves_and_of_pictures_does_not(tmp_path):
         files = sorted(p.name for p in folder.live.iterdir() if p.suffix != ".json")
         assert files == [f"{iteration}-0.{kind}", f"{iteration}-1.{kind}"]  # the former ones are gone
         assert getattr(Image.open(folder.live / files[0]), "n_frames", 1) == frames
+
+
+@pytest.mark.parametrize("pages", [False, True])
+def test_a_preview_shows_the_middle_frame_of_every_video_and_all_pictures_of_a_batch(tmp_path, pages):
+    for moving in (videos(3, 5, 16, 16), videos(3, 5, 16, 16)[:, 2]):
+        stills = list(moving if moving.ndim == 4 else moving[:, 2])
+        graph = {"1": {"class_type": "Given", "inputs": {}}, "2": {"class_type": "PreviewImage", "inputs": {"images": ["1", 0]}}}
+        given = [moving] if moving.ndim == 4 else list(moving)
+        with use(Host(REGISTRY, output=tmp_path)) as host:
+            host.preview_folder, told = tmp_path / "temp" if pages else None, []
+            host.node_output = lambda node_id, ui: told.extend(ui["images"])
+            (tmp_path / "temp").mkdir(exist_ok=True)
+            execute(graph, REGISTRY, outputs=["2"], preset={("1", 0): given})
+        if pages:
+            shown = [np.asarray(Image.open(tmp_path / "temp" / image["filename"])) for image in told]
+            assert len(shown) == 3 and all((picture == to_image(still)).all() for picture, still in zip(shown, stills))
+        else:
+            assert told == [] and Image.open(tmp_path / "preview_2.png").tobytes() == contact_sheet(stills).tobytes()
+
+
+def test_a_preview_of_nothing_is_one_line(tmp_path):
+    with use(Host(output=tmp_path)), pytest.raises(RunError, match='input "images": found none'):
+        PreviewImage().preview([], ["2"])
 
 
 def test_the_grid_shows_the_middle_frame():
