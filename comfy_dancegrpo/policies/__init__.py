@@ -107,9 +107,12 @@ def _family(folder: Path) -> tuple[str, str]:
     if name not in FAMILIES:
         raise RunError(f'input "policy": found {name} in {folder / places.INDEX}, a family that is not known; '
                        f'accepted: a diffusers folder of {", ".join(FAMILIES)}')
-    libraries = {value[0] for value in places.index(folder).values() if isinstance(value, list) and value and value[0]}
-    if odd := libraries - {"diffusers", "transformers", "stable_diffusion", "ltx2"}:  # diffusers would import code of that name from the folder
-        raise RunError(f'input "policy": found the library {odd.pop()!r} in {folder / places.INDEX}, accepted: diffusers and transformers')
+    for component in places.components(folder):
+        library, *_ = places.index(folder)[component]
+        if library not in ("diffusers", "transformers", "stable_diffusion", "ltx2"):  # diffusers would import code of that name from the folder
+            raise RunError(f'input "policy": found the library {library!r} in {folder / places.INDEX}, accepted: diffusers and transformers')
+        if (code := folder / component / f"{library}.py").exists():  # which diffusers takes for the library; before it asked first, it ran it
+            raise RunError(f'input "policy": found code in {code}, accepted: a diffusers folder without code of its own')
     return FAMILIES[name]
 
 
