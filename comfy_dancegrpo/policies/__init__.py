@@ -117,13 +117,22 @@ def _family(folder: Path) -> tuple[str, str]:
 
 
 def _class(module: str, name: str) -> type[Policy]:
-    """Raises `RunError` where the installed diffusers is too old to have the family's pipeline."""
+    """Raises `RunError` where the installed diffusers is too old to have the family's pipeline, or to run it as it is trained."""
     try:
-        return getattr(importlib.import_module(f".{module}", __name__), name)
+        found = getattr(importlib.import_module(f".{module}", __name__), name)
+        why = f"{found.diffusers_from} or later"
     except ImportError as error:
-        import diffusers
+        found, why = None, error
+    import diffusers
 
-        raise RunError(f'input "policy": {name} needs a newer diffusers than {diffusers.__version__}: {error}') from error
+    if found is None or _numbers(diffusers.__version__) < _numbers(found.diffusers_from):
+        raise RunError(f'input "policy": {name} needs a newer diffusers than {diffusers.__version__}: {why}')
+    return found
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    """The first two."""
+    return tuple(map(int, version.split(".")[:2]))
 
 
 def load(name: str, dtype: str = "float32", parts: Parts = Parts(), prompt_cache: str = "memory") -> Policy:

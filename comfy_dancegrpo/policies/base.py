@@ -29,6 +29,7 @@ class Policy(abc.ABC):
     name: as the workflow names it. process: "flow" or "diffusion". classifier_free: whether guidance is a second call without
     the prompt (and not an input of the model), with `negative_text`. lora_targets: choices of modules that take a LoRA, by name, as
     regular expressions. lora_layout: the key names of its LoRA files, one of `lora.layouts`. load_options: more for the pipeline's `from_pretrained`.
+    diffusers_from: the first version that calls its model as we do.
     """
 
     process = "flow"
@@ -38,6 +39,7 @@ class Policy(abc.ABC):
     lora_targets: dict[str, str]
     pipeline_class: type
     load_options: dict = {}
+    diffusers_from = "0.35"
     sources: tuple[Path, ...] = ()  # the folders and files that it was loaded from
     prompt_cache = "memory"
 

@@ -28,6 +28,7 @@ class QwenImage(Policy):
     pipeline_class = QwenImagePipeline
     classifier_free = True
     negative_text = " "
+    diffusers_from = "0.37"  # before, the transformer did not heed the mask, and asked for txt_seq_lens (diffusers pull request 12702)
     lora_targets = {
         "attention": f"{_BLOCKS}{_ATTENTION}",
         "attention and feed-forward": f"{_BLOCKS}({_ATTENTION}|{_FEED_FORWARD})",
