@@ -65,7 +65,7 @@ def _snapshot(policy, tensors, settings):
 
     known = {"tensors": tensors, "settings": settings, "policy": policy.name, "layout": policy.lora_layout, "iterations": 1,
              "averaged": False, "folder": None}
-    assert known.keys() == {f.name for f in dataclasses.fields(LoraSnapshot)} - {"prompts"}
+    assert known.keys() == {f.name for f in dataclasses.fields(LoraSnapshot)} - {"prompts", "source"}
     return LoraSnapshot(**known)
 
 
