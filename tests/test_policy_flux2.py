@@ -7,6 +7,7 @@ import torch
 from comfy_dancegrpo import policies
 from comfy_dancegrpo.errors import RunError
 from comfy_dancegrpo.grpo.protocol import Conditioning, SamplingPlan, Size
+from comfy_dancegrpo.runs import prompt_cache
 from comfy_dancegrpo.workflow.host import Host, use
 from families import PROMPTS, flux2, pictured
 
@@ -37,3 +38,9 @@ def test_pictures_for_some_of_the_prompts(policy):
         policy.predict(torch.zeros(2, *policy.latent_shape(SIZE)), plan.grid.timesteps, both, plan)
     with pytest.raises(RunError, match="a picture for every prompt, or for none"):
         policy.encode([PROMPTS[0], pictured()[1]], SIZE)
+
+
+def test_pictures_for_some_of_a_calls_prompts_are_noticed_before_any_is_encoded(policy, monkeypatch):
+    monkeypatch.setattr(policy, "condition", lambda *_: pytest.fail("one was encoded"))
+    with pytest.raises(RunError, match="^found prompts with a picture beside prompts without, accepted: a picture for every prompt, or for none$"):
+        prompt_cache.encode(policy, [PROMPTS[0], pictured()[1]], SIZE)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import diffusers
@@ -29,7 +29,7 @@ class Policy(abc.ABC):
     name: as the workflow names it. process: "flow" or "diffusion". classifier_free: whether guidance is a second call without
     the prompt (and not an input of the model), with `negative_text`. lora_targets: choices of modules that take a LoRA, by name, as
     regular expressions. lora_layout: the key names of its LoRA files, one of `lora.layouts`. load_options: more for the pipeline's `from_pretrained`.
-    diffusers_from: the first version that calls its model as we do.
+    diffusers_from: the first version that calls its model as we do. needs_picture: whether every prompt must have one.
     """
 
     process = "flow"
@@ -40,6 +40,7 @@ class Policy(abc.ABC):
     pipeline_class: type
     load_options: dict = {}
     diffusers_from = "0.35"
+    needs_picture = False
     sources: tuple[Path, ...] = ()  # the folders and files that it was loaded from
     prompt_cache = "memory"
 
@@ -116,6 +117,12 @@ class Policy(abc.ABC):
             module.enable_gradient_checkpointing() if on else module.disable_gradient_checkpointing()
 
     # -- prompts ----------------------------------------------------------------------------------------------------
+    def check(self, prompts: Sequence[str]) -> None:
+        """Raises `RunError`, before any is encoded, where the family cannot take the prompts of one call: one lacks the picture that it needs."""
+        for prompt in prompts:
+            if self.needs_picture and getattr(prompt, "picture", None) is None:
+                reference(prompt, self.name)
+
     @abc.abstractmethod
     def encode(self, prompts: list[str], size: Size) -> dict[str, Tensor]:
         """What the denoiser needs of each prompt: tensors [P, ...]; those of texts of varying length have it in dimension 1.
@@ -139,6 +146,10 @@ class Policy(abc.ABC):
             if self.classifier_free:
                 tensors = {**tensors, **{NEGATIVE + name: value for name, value in self.encode_negative(prompts, size).items()}}
         return Conditioning(tensors)
+
+    def pipeline_for(self, prompt: str):
+        """The pipeline of diffusers that draws such a prompt."""
+        return self.pipeline
 
     def pipeline_options(self) -> dict:
         """What the pipeline itself must be called with besides, to draw as `encode` and `denoise` do."""

@@ -75,6 +75,7 @@ class FluxKontext(Flux):
     """The tokens of a reference picture beside those that are drawn. It is seen in the size of what is drawn, whatever its own."""
 
     pipeline_class = FluxKontextPipeline
+    needs_picture = True
 
     def picture(self, prompt: str, size: Size) -> Image:
         return self.pipeline.image_processor.resize(super().picture(prompt, size), size.height, size.width)

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -39,13 +40,17 @@ class Flux2(Policy):
         policy.pipeline.register_modules(tokenizer=AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True))
         return policy
 
+    def check(self, prompts: Sequence[str]) -> None:
+        super().check(prompts)
+        if len({getattr(prompt, "picture", None) is None for prompt in prompts}) > 1:
+            raise RunError(_MIXED)
+
     def encode(self, prompts: list[str], size: Size) -> dict[str, Tensor]:
         """reference: [P, S, C] tokens of the prompts' pictures, seen in the size of what is drawn, or none. pictured: [P], 1 where there is one."""
         embeds, text_ids = self.pipeline.encode_prompt(list(map(str, prompts)), device=self.device)
+        self.check(prompts)
         found = [getattr(prompt, "picture", None) is not None for prompt in prompts]
         tokens = [self._reference(prompt, size) for prompt in prompts] if all(found) else [embeds.new_zeros(len(prompts), 0, self.latent_shape(size)[0])]
-        if any(found) and not all(found):
-            raise RunError(_MIXED)
         return {"embeds": embeds, "text_ids": text_ids, "reference": torch.cat(tokens), "pictured": torch.tensor(found, device=self.device)}
 
     def picture(self, prompt: str, size: Size) -> Image:

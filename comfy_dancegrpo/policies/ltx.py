@@ -68,6 +68,7 @@ class LTXImageToVideo(LTX):
     """A picture as the first frame: its tokens stand there without noise, and are told so by a timestep of 0."""
 
     pipeline_class = LTXImageToVideoPipeline
+    needs_picture = True
 
     def encode(self, prompts: list[str], size: Size) -> dict[str, Tensor]:
         return {**super().encode(prompts, size), "first": torch.cat([self._first(prompt, size) for prompt in prompts])}

@@ -90,6 +90,7 @@ class QwenImageEdit(QwenImage):
     """
 
     pipeline_class = QwenImageEditPipeline
+    needs_picture = True
     reference_area = 1024 * 1024
     prompt_area = 1024 * 1024
 

@@ -18,6 +18,7 @@ class SkyReels(HunyuanVideo):
     """The latents of the first frame, and of none after it, stand beside the noise as channels of their own."""
 
     pipeline_class = HunyuanSkyreelsImageToVideoPipeline
+    needs_picture = True
     classifier_free = True
 
     def encode(self, prompts: list[str], size: Size) -> dict[str, Tensor]:

@@ -55,6 +55,13 @@ class Wan(Policy):
             tensors |= self._first_frames(prompts, size)
         return tensors
 
+    def pipeline_for(self, prompt: str):
+        if getattr(prompt, "picture", None) is None or isinstance(self.pipeline, WanImageToVideoPipeline):
+            return self.pipeline
+        other = WanImageToVideoPipeline(**self.pipeline.components, expand_timesteps=True)  # TI2V-5B is published as a WanPipeline
+        other.set_progress_bar_config(disable=True)
+        return other
+
     def _first_frames(self, prompts: list[str], size: Size) -> dict[str, Tensor]:
         """first: [P, C, 1, h, w], the latent of each prompt's picture, zero where it has none. given: [P], 1 where it has one."""
         found = [getattr(prompt, "picture", None) and self._vae_encoded(self._pixels(prompt, size)[:, :, None]) for prompt in prompts]
@@ -126,6 +133,7 @@ class WanImageToVideo(Wan):
     """The picture's latents, and a mask of where it is, beside the noise; Wan 2.1 sees its CLIP embedding too."""
 
     pipeline_class = WanImageToVideoPipeline
+    needs_picture = True
 
     def encode(self, prompts: list[str], size: Size) -> dict[str, Tensor]:
         images = [reference(prompt, self.name) for prompt in prompts]

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ..errors import RunError
 from ..grpo.protocol import Size
 from ..policies.base import Policy
 
 
 def arguments(policy: Policy, prompt: str, size: Size, steps: int, guidance_scale: float) -> dict[str, Any]:
-    """What the pipeline is called with: its own names for these, and nothing that it does not take."""
-    takes = inspect.signature(policy.pipeline.__call__).parameters
+    """What `policy.pipeline_for(prompt)` is called with: its own names for these, and nothing that it does not take."""
+    takes = _takes(policy, prompt)
     true_cfg = policy.classifier_free and "true_cfg_scale" in takes
     given = {
         "prompt": str(prompt), "height": size.height, "width": size.width, "num_frames": size.frames, "num_inference_steps": steps,
@@ -31,21 +32,29 @@ def arguments(policy: Policy, prompt: str, size: Size, steps: int, guidance_scal
     return {name: value for name, value in given.items() if name in takes}
 
 
+def _takes(policy: Policy, prompt: str) -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(policy.pipeline_for(prompt).__call__).parameters
+
+
 def draw(policy: Policy, prompts: tuple[str, ...], size: Size, steps: int, guidance_scale: float, seed: int,
          samples_per_prompt: int = 1, tick: Callable[[int, int], None] = lambda done, total: None) -> Iterator[Tensor]:
     """Each sample in turn, on the CPU: a picture [H, W, 3] or a video [F, H, W, 3], float32 in 0..1.
 
     The noise of a prompt's k-th sample is that of `seed + k`, whatever the prompt. Raises `ValueError` for a size that the family
-    cannot make. tick(samples done, samples in all) is called before each and after the last; it may raise to stop.
+    cannot make, and `RunError` for prompts that it cannot take, before anything is drawn. tick(samples done, samples in all) is called before each and after the last; it may raise to stop.
     """
     policy.latent_shape(size)
+    for prompt in prompts:
+        policy.check([prompt])
+        if getattr(prompt, "picture", None) is not None and "image" not in _takes(policy, prompt):
+            raise RunError(f"found the prompt {str(prompt)!r} with a picture, accepted by {policy.name!r}: prompts without, since it sees none")
     total = len(prompts) * samples_per_prompt
     for n in range(total):
         tick(n, total)
         source = torch.Generator("cpu").manual_seed(seed + n % samples_per_prompt)
+        prompt = prompts[n // samples_per_prompt]
         with torch.no_grad(), policy.encoding():
-            output = policy.pipeline(**arguments(policy, prompts[n // samples_per_prompt], size, steps, guidance_scale),
-                                     generator=source, output_type="np")
+            output = policy.pipeline_for(prompt)(**arguments(policy, prompt, size, steps, guidance_scale), generator=source, output_type="np")
         made = output.images if hasattr(output, "images") else output.frames
         sample = torch.from_numpy(np.asarray(made[0], dtype=np.float32))
         yield sample[0] if sample.ndim == 4 and size.frames == 1 else sample
