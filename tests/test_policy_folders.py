@@ -4,10 +4,12 @@ import json
 
 import diffusers
 import pytest
+import torch
 from comfy_dancegrpo import policies
 from comfy_dancegrpo.errors import RunError
 from comfy_dancegrpo.workflow.host import Host, use
 from families.stable_diffusion import sd15
+from safetensors.torch import save_file
 
 
 @pytest.fixture
@@ -39,3 +41,27 @@ def test_a_diffusers_that_ignores_the_mask_is_too_old_for_qwen_image(version, en
     else:
         with pytest.raises(RunError, match='^input "policy": QwenImage needs a newer diffusers than 0.36.0: 0.37 or later$'):
             policies._class("qwen_image", "QwenImage")
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '"x"', '{"_class_name": ["a"]}', "\xff", '{"weight_map": 3}', '{"weight_map": {"a": 1}}', "{}"])
+def test_damaged_indices(content, folder):
+    """One line about the policy that they are of, and nothing about others: also where a single file looks for its pipeline among the folders."""
+    bystander = folder.parent / "another"
+    bystander.mkdir()
+    (bystander / "model_index.json").write_text(content, encoding="latin-1")
+    refused("names no pipeline class", "another")
+    single = folder.parents[1] / "checkpoints" / "sd.safetensors"
+    single.parent.mkdir()
+    save_file({name: torch.zeros(1) for name in ("down_blocks.0.resnets.0.conv1.weight", "up_blocks.0.resnets.0.conv1.weight", "time_embedding.linear_1.weight")}, single)
+    assert policies.problem("sd") is None and policies.problem("sd.safetensors") is None
+    shards = folder / "unet" / "diffusion_pytorch_model.safetensors.index.json"
+    shards.write_text(content, encoding="latin-1")
+    refused(f"{shards} is damaged; copy or download it again")
+    assert {"another", "sd", "sd.safetensors"} <= set(policies.available())
+
+
+@pytest.mark.parametrize("value", [["diffusers"], ["diffusers", None], ["diffusers", 3], [["a"], "b"], ["diffusers", "UNet2DConditionModel", "x"]])
+def test_a_component_that_is_no_library_and_class(value, folder):
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps({**index, "unet": value}))
+    refused(f"in {folder / 'model_index.json'}")

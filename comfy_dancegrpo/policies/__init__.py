@@ -80,7 +80,7 @@ def resolve(path: Path, parts: Parts) -> tuple[tuple[str, str], list[Path]]:
         if _named(folder) not in known:
             raise RunError(f'input "components": found {folder} of {_named(folder)}, accepted for {path.name}: a diffusers folder of {" or ".join(known)}')
         return _family(folder), [folder]
-    found = [folder for folder in map(places.policy, places.diffusers_folders()) if (places.index(folder).get("_class_name")) in known]
+    found = [folder for folder in map(places.policy, places.diffusers_folders()) if places.pipeline_class(folder) in known]
     if not found:
         raise RunError(f'input "policy": found {path}, a file of {" or ".join(known)}, and its configurations and tokenizers are nowhere; accepted: '
                        f"beside it a diffusers folder of that pipeline (its weights may be left out) in {places.searched(places.KINDS)}")
@@ -93,11 +93,7 @@ def _named(folder: Path) -> str:
     accepted = "accepted: a diffusers folder of " + ", ".join(FAMILIES)
     if not (folder / places.INDEX).is_file():
         raise RunError(f'input "policy": found {folder}, which has no model_index.json; {accepted}')
-    try:
-        name = places.index(folder)["_class_name"]
-    except (ValueError, KeyError):
-        name = None
-    if not isinstance(name, str):
+    if (name := places.pipeline_class(folder)) is None:
         raise RunError(f'input "policy": found {folder / places.INDEX}, which names no pipeline class; {accepted}')
     return name
 
@@ -108,9 +104,11 @@ def _family(folder: Path) -> tuple[str, str]:
         raise RunError(f'input "policy": found {name} in {folder / places.INDEX}, a family that is not known; '
                        f'accepted: a diffusers folder of {", ".join(FAMILIES)}')
     for component in places.components(folder):
-        library, *_ = places.index(folder)[component]
+        library, *classes = places.index(folder)[component]
         if library not in ("diffusers", "transformers", "stable_diffusion", "ltx2"):  # diffusers would import code of that name from the folder
             raise RunError(f'input "policy": found the library {library!r} in {folder / places.INDEX}, accepted: diffusers and transformers')
+        if len(classes) != 1 or not isinstance(classes[0], str):
+            raise RunError(f'input "policy": found {component!r} in {folder / places.INDEX} without a class, accepted: a library and a class of it')
         if (code := folder / component / f"{library}.py").exists():  # which diffusers takes for the library; before it asked first, it ran it
             raise RunError(f'input "policy": found code in {code}, accepted: a diffusers folder without code of its own')
     return FAMILIES[name]

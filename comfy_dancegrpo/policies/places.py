@@ -126,6 +126,15 @@ def index(folder: Path) -> dict:
     return found
 
 
+def pipeline_class(folder: Path) -> str | None:
+    """The class that its model_index.json names; None where that is damaged, or names none."""
+    try:
+        name = index(folder).get("_class_name")
+    except (ValueError, OSError):
+        return None
+    return name if isinstance(name, str) else None
+
+
 def weights_missing(folder: Path, component: str) -> str | None:
     """What is missing of a component's weights, or damaged, in words; None where all is there, or it has none."""
     value = index(folder)[component]
@@ -134,7 +143,10 @@ def weights_missing(folder: Path, component: str) -> str | None:
     inside = folder / component
     files = set(inside.glob(f"*{SUFFIX}"))
     for listing in inside.glob(f"*{SUFFIX}.index.json"):
-        files |= {inside / name for name in json.loads(listing.read_text(encoding="utf-8"))["weight_map"].values()}
+        try:
+            files |= {inside / name for name in json.loads(listing.read_text(encoding="utf-8"))["weight_map"].values()}
+        except (ValueError, OSError, KeyError, TypeError, AttributeError):
+            return f"{listing} is damaged; copy or download it again"
     if not files:
         return f"{inside} has no {SUFFIX} file"
     for path in sorted(files):
