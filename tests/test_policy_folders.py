@@ -1,6 +1,7 @@
 """Diffusers folders that are damaged, hold code, or hold their weights in half precision alone; and a diffusers that is too old for a family."""
 
 import json
+import shutil
 
 import diffusers
 import pytest
@@ -65,3 +66,21 @@ def test_a_component_that_is_no_library_and_class(value, folder):
     index = json.loads((folder / "model_index.json").read_text())
     (folder / "model_index.json").write_text(json.dumps({**index, "unet": value}))
     refused(f"in {folder / 'model_index.json'}")
+
+
+@pytest.mark.parametrize("shards", ["1GB", "20KB"])
+def test_weights_in_the_half_precision_variant_alone_are_loaded(shards, folder, tmp_path):
+    """All of one component, and in one or several files; the others are there in full."""
+    half = sd15().to(torch.float16)
+    shutil.rmtree(folder / "unet")
+    half.unet.save_pretrained(folder / "unet", variant="fp16", max_shard_size=shards)
+    assert all(".fp16" in file.name for file in (folder / "unet").glob("*.safetensors"))
+    assert (len(list((folder / "unet").glob("*.safetensors"))) > 1) == (shards == "20KB")
+    assert policies.problem("sd") is None
+    loaded = policies.load("sd")
+    for name, value in half.unet.state_dict().items():
+        assert torch.equal(loaded.denoiser.state_dict()[name], value.float())
+    vae = sd15().vae.state_dict()
+    assert all(torch.equal(value, vae[name]) for name, value in loaded.pipeline.vae.state_dict().items())
+    max((folder / "unet").glob("*.safetensors")).unlink()
+    refused("unet")

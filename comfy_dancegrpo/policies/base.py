@@ -18,6 +18,7 @@ from .. import embedded, processes
 from ..errors import RunError
 from ..grpo.protocol import NEGATIVE, Conditioning, SamplingPlan, Size, TimeGrid
 from ..workflow.host import host
+from . import places
 
 _DTYPE_ARGUMENT = "dtype" if tuple(map(int, diffusers.__version__.split(".")[:2])) >= (0, 40) else "torch_dtype"
 _ENCODERS = ("text_encoder", "image_encoder")  # what the names of their components begin with
@@ -55,7 +56,7 @@ class Policy(abc.ABC):
         with processes.outside_inference_mode():
             torch_dtype = getattr(torch, dtype)
             options = cls.load_options | embedded.shared(folder, torch_dtype) | components
-            pipeline = from_folder(cls.pipeline_class, folder, torch_dtype, **options)
+            pipeline = from_folder(cls.pipeline_class, folder, torch_dtype, variant=places.variant(folder, options), **options)
             pipeline.set_progress_bar_config(disable=True)
             policy = cls(name, pipeline, torch_dtype)
         host().load(policy)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from ..workflow.host import host
 KINDS = ("diffusers", "checkpoints", "diffusion_models")  # model folders that are searched, in this order
 SUFFIX = ".safetensors"
 INDEX = "model_index.json"
+HALF = "fp16"  # the variant of weights that is published beside others, or alone
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _WITHOUT_WEIGHTS = re.compile(r"Tokenizer|Processor|Scheduler|FeatureExtractor")  # in the names of classes
 
@@ -142,7 +144,10 @@ def weights_missing(folder: Path, component: str) -> str | None:
         return None
     inside = folder / component
     files = set(inside.glob(f"*{SUFFIX}"))
-    for listing in inside.glob(f"*{SUFFIX}.index.json"):
+    plain = any(not _is_half(file.name) for file in files)
+    for listing in inside.glob(f"*{SUFFIX}.index*.json"):
+        if plain and _is_half(listing.name):
+            continue  # what is loaded is the other
         try:
             files |= {inside / name for name in json.loads(listing.read_text(encoding="utf-8"))["weight_map"].values()}
         except (ValueError, OSError, KeyError, TypeError, AttributeError):
@@ -156,6 +161,20 @@ def weights_missing(folder: Path, component: str) -> str | None:
             headers.read(path)
         except RunError as error:
             return str(error)
+    return None
+
+
+def _is_half(name: str) -> bool:
+    """As diffusers names the files of weights in float16: model.fp16.safetensors, model.fp16-00001-of-00002.safetensors, ….index.fp16.json."""
+    return re.search(rf"\.{HALF}[.-]", name) is not None
+
+
+def variant(folder: Path, given: Collection[str] = ()) -> str | None:
+    """`HALF` where some component, none of the given ones, has its weights in files of that variant alone; what diffusers is to be told."""
+    for component in set(components(folder)) - {"safety_checker", *given}:
+        names = [file.name for file in (folder / component).glob(f"*{SUFFIX}")]
+        if names and all(map(_is_half, names)):
+            return HALF
     return None
 
 
