@@ -1,15 +1,20 @@
 """Drawing with the tuned policy: the Sample node and `dancegrpo sample`, against diffusers' own pipeline."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
 from comfy_dancegrpo import policies
 from comfy_dancegrpo.embedded import POLICY
+from comfy_dancegrpo.errors import WorkflowError
 from comfy_dancegrpo.grpo.noise import generator
 from comfy_dancegrpo.lora import files
 from comfy_dancegrpo.lora.adapter import Adapter, LoraSettings, LoraSnapshot
 from comfy_dancegrpo.nodes.sample import Sample
 from comfy_dancegrpo.prompts import PromptList
+from comfy_dancegrpo.trainer.drawing import Wanted, draw_and_save
+from comfy_dancegrpo.workflow.host import Host, use
 from diffusers import FluxPipeline
 from PIL import Image
 
@@ -82,3 +87,16 @@ def test_what_cannot_be_drawn(cli, words, line, tmp_path):
     done = cli("sample", *words, "--output", tmp_path)
     assert done.status in (2, 3) and len(done.verdict) == 1 and line in done.verdict[0]
     assert not list(tmp_path.rglob("*.png"))
+
+
+def test_only_the_size_is_blamed_on_the_size(monkeypatch, tmp_path):
+    def broken(*_, **__):
+        raise ValueError("a scheduler's own fault")
+
+    wanted = Wanted(("x",), "", "embedded", None, 64, 64, 1, 1, 1.0, 0, 1, "float32")
+    with use(Host(output=tmp_path)):
+        with pytest.raises(WorkflowError, match="^--width, --height, --frames: found 60x64 pixels, accepted: multiples of 8"):
+            draw_and_save(dataclasses.replace(wanted, width=60))
+        monkeypatch.setattr("diffusers.FluxPipeline.__call__", broken)
+        with pytest.raises(ValueError, match="^a scheduler's own fault$"):
+            draw_and_save(wanted)

@@ -41,16 +41,16 @@ def draw_and_save(wanted: Wanted) -> list[str]:
         raise WorkflowError("found no prompt, accepted: --prompt TEXT or --prompts FILE")
     if wanted.lora is not None and not wanted.lora.is_file():
         raise WorkflowError(f"--lora: found {wanted.lora}, which is not a file")
-    policy = policies.load(wanted.policy, wanted.dtype)
+    policy, size = policies.load(wanted.policy, wanted.dtype), Size(wanted.height, wanted.width, wanted.frames)
+    try:
+        policy.latent_shape(size)
+    except ValueError as error:
+        raise WorkflowError(f"--width, --height, --frames: {error}") from error
     written: list[str] = []
     with contextlib.ExitStack() as stack:
         if wanted.lora is not None:
             stack.enter_context(applied(policy, files.load(wanted.lora, policy)))
-        try:
-            for sample in draw(policy, texts, Size(wanted.height, wanted.width, wanted.frames), wanted.steps,
-                               wanted.guidance_scale, wanted.seed, wanted.count):
-                saved = SaveImage().save(sample[None] if sample.ndim == 3 else sample, "samples/sample")["ui"]["images"]
-                written += [f"{image['subfolder']}/{image['filename']}" for image in saved]
-        except ValueError as error:
-            raise WorkflowError(f"--width, --height, --frames: {error}") from error
+        for sample in draw(policy, texts, size, wanted.steps, wanted.guidance_scale, wanted.seed, wanted.count):
+            saved = SaveImage().save(sample[None] if sample.ndim == 3 else sample, "samples/sample")["ui"]["images"]
+            written += [f"{image['subfolder']}/{image['filename']}" for image in saved]
     return written
