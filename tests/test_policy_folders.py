@@ -53,7 +53,8 @@ def test_damaged_indices(content, folder):
     refused("names no pipeline class", "another")
     single = folder.parents[1] / "checkpoints" / "sd.safetensors"
     single.parent.mkdir()
-    save_file({name: torch.zeros(1) for name in ("down_blocks.0.resnets.0.conv1.weight", "up_blocks.0.resnets.0.conv1.weight", "time_embedding.linear_1.weight")}, single)
+    marks = ("down_blocks.0.resnets.0.conv1.weight", "up_blocks.0.resnets.0.conv1.weight", "time_embedding.linear_1.weight")
+    save_file({name: torch.zeros(1) for name in marks}, single)
     assert policies.problem("sd") is None and policies.problem("sd.safetensors") is None
     shards = folder / "unet" / "diffusion_pytorch_model.safetensors.index.json"
     shards.write_text(content, encoding="latin-1")

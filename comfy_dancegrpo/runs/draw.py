@@ -41,7 +41,8 @@ def draw(policy: Policy, prompts: tuple[str, ...], size: Size, steps: int, guida
     """Each sample in turn, on the CPU: a picture [H, W, 3] or a video [F, H, W, 3], float32 in 0..1.
 
     The noise of a prompt's k-th sample is that of `seed + k`, whatever the prompt. Raises `ValueError` for a size that the family
-    cannot make, and `RunError` for prompts that it cannot take, before anything is drawn. tick(samples done, samples in all) is called before each and after the last; it may raise to stop.
+    cannot make, and `RunError` for prompts that it cannot take, before anything is drawn. tick(samples done, samples in all) is called
+    before each and after the last; it may raise to stop.
     """
     policy.latent_shape(size)
     for prompt in prompts:
