@@ -133,8 +133,8 @@ def test_a_diffusers_without_the_family_is_named(monkeypatch):
     import diffusers
     from comfy_dancegrpo.errors import RunError
 
-    monkeypatch.delitem(sys.modules, "comfy_dancegrpo.policies.flux")
-    monkeypatch.delattr(policies, "flux")
+    monkeypatch.delitem(sys.modules, "comfy_dancegrpo.policies.flux", raising=False)
+    monkeypatch.delattr(policies, "flux", raising=False)
     monkeypatch.setitem(sys.modules, "diffusers", type(sys)("diffusers"))
     sys.modules["diffusers"].__version__ = "0.1"
     with pytest.raises(RunError, match=r'input "policy": Flux needs a newer diffusers than 0\.1: .*FluxKontextPipeline'):
