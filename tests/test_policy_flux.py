@@ -25,7 +25,7 @@ from comfy_dancegrpo.embedded import POLICY
 from comfy_dancegrpo.grpo.advantages import combine
 from comfy_dancegrpo.grpo.learner import Learner, OptimizerSettings
 from comfy_dancegrpo.grpo.noise import generator
-from comfy_dancegrpo.grpo.protocol import SamplingPlan, Scores, Size
+from comfy_dancegrpo.grpo.protocol import Conditioning, SamplingPlan, Scores, Size
 from comfy_dancegrpo.grpo.rollout import Request, initial_noise, sample
 from comfy_dancegrpo.grpo.update import UpdateSettings, update
 from comfy_dancegrpo.lora import files
@@ -127,6 +127,16 @@ def test_with_dynamic_shifting_and_guidance(tmp_path):
 def test_a_size_that_the_latents_cannot_have(policy):
     with pytest.raises(ValueError, match="found 60x64 pixels, accepted: multiples of 8"):
         policy.latent_shape(Size(64, 60))
+
+
+def test_guidance_of_a_model_in_half_precision_is_reckoned_in_float32(policy, monkeypatch):
+    sides = {side: torch.randn(2, 4, generator=generator("side", side)).bfloat16() for side in ("positive", "negative")}
+    monkeypatch.setattr(policy, "classifier_free", True, raising=False)
+    monkeypatch.setattr(policy, "denoise", lambda x, t, tensors, plan: sides["positive" if "mark" in tensors else "negative"])
+    plan = SamplingPlan(policy.time_grid(STEPS, 0.0, SIZE), guidance_scale=5.0, size=SIZE)
+    found = policy.predict(torch.zeros(2, 4), plan.grid.timesteps[:2], Conditioning({"mark": torch.zeros(2, 1)}), plan)
+    exact = sides["negative"].double() + 5.0 * (sides["positive"].double() - sides["negative"].double())
+    assert found.dtype == torch.float32 and (found - exact).abs().max() < 1e-5
 
 
 def test_a_diffusers_without_the_family_is_named(monkeypatch):
