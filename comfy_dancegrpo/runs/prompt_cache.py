@@ -39,10 +39,10 @@ class PromptCache:
 
         Where one must be encoded, so are the `upcoming` ones: the text encoders are brought to an accelerator the fewer times.
         """
-        prompts, upcoming = tuple(prompts), tuple(upcoming)
+        prompts = tuple(prompts)
         self._policy.check(prompts)
         if self._folder is not None:  # the rest is found there again
-            wanted = {(prompt, size) for prompt in (*prompts, *upcoming)}
+            wanted = {(prompt, size) for prompt in prompts}
             self._memory = {key: value for key, value in self._memory.items() if key in wanted}
         if missing := self._missing(prompts, size):
             ahead = () if self._policy.device.type == "cpu" else self._missing(upcoming, size)
