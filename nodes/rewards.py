@@ -24,30 +24,38 @@ class LoadReward:
     @classmethod
     def INPUT_TYPES(cls):
         return {"required": {
-            "reward": wires.choice(list(rewards.REWARDS), "clip_score: how well a picture fits its prompt, by a CLIP model. shapes_agreement: the exact "
-                                                          "reward of the embedded set, measured from pixels."),
-            "model": wires.choice(rewards.available_models(), "A folder in reward_models, or the embedded CLIP. Rewards without a model ignore it."),
+            "reward": wires.choice(list(rewards.REWARDS), "What is measured; the node's help page describes each."),
+            "model": wires.choice(rewards.available_models(), "A file or folder in reward_models, a hub id in the Hugging Face cache (org/name, or "
+                                                              "org/name/file), or the embedded CLIP. Rewards without a model ignore it."),
             "batch_size": wires.integer(32, 1, 4096, "Pictures scored at once."),
+        }, "optional": {
+            "base": wires.choice(rewards.available_bases(), "For a single file of weights: the folder that has its configuration and tokenizer. "
+                                                            "published: the one that its publishers name, from reward_models or the cache."),
+            "frames": wires.integer(8, 1, 4096, "Of a video that are scored, evenly spread. Rewards of whole videos ignore it."),
+            "frame_score": wires.choice(list(rewards.FRAME_SCORES), "Of the scored frames, what the video gets."),
+            "device": ("STRING", {"default": "", "tooltip": "Where it computes: cpu, cuda:1 … Empty: where the policy does."}),
         }}
 
     @classmethod
-    def VALIDATE_INPUTS(cls, reward, model):
+    def VALIDATE_INPUTS(cls, reward, model, base=rewards.PUBLISHED, device=""):
         if reward is not None and reward not in rewards.REWARDS:
             return f'input "reward": found {reward!r}, accepted: one of {", ".join(map(repr, rewards.REWARDS))}'
-        return True if reward is None or model is None else rewards.problem(reward, model) or True
+        if None in (reward, model, base, device):  # they come over links
+            return True
+        return rewards.problem(reward, model, base, device) or True
 
-    def load(self, reward: str, model: str, batch_size: int):
-        return (rewards.load(reward, model, batch_size),)
+    def load(self, reward: str, model: str, batch_size: int, base=rewards.PUBLISHED, frames=8, frame_score="mean", device=""):
+        return (rewards.load(reward, model, batch_size, base, frames=frames, frame_score=frame_score, device=device),)
 
 
 def _with(rollout, name: str, weight: float, values, earlier, seconds: float):
     """Scores of the rollout, after the earlier ones. Raises RunError when those are of another rollout."""
-    from comfy_dancegrpo.grpo.protocol import Scores
+    from comfy_dancegrpo.grpo.protocol import Column, Scores
 
     if earlier is not None and earlier.rollout is not rollout:
         raise RunError('input "scores": found scores of another rollout, accepted: of the one that is scored here')
     before = earlier.columns if earlier else ()
-    columns = (*before, (rewards.distinct(name, [column[0] for column in before]), float(weight), values))
+    columns = (*before, Column(rewards.distinct(name, [column.name for column in before]), float(weight), values))
     return Scores(rollout, columns, seconds + (earlier.seconds if earlier else 0.0))
 
 

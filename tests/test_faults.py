@@ -31,9 +31,9 @@ def reward(monkeypatch):
 
     def register(function):
         module = types.ModuleType("comfy_dancegrpo.rewards.of_a_test")
-        module.load = lambda folder: function
+        module.load = lambda source: function
         monkeypatch.setitem(sys.modules, module.__name__, module)
-        monkeypatch.setitem(rewards.REWARDS, "of_a_test", ("of_a_test", None))
+        monkeypatch.setitem(rewards.REWARDS, "of_a_test", rewards.Kind("of_a_test"))
 
     return register
 

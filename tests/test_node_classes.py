@@ -20,7 +20,7 @@ RECORDED = {
         "ema_decay micro_batch checkpoint_every on_existing", "warmup schedule lora optimizer gradient_checkpointing", "DANCEGRPO_LIVE_POLICY DANCEGRPO_PROMPTS INT"),
     "DanceGRPOGroupSample": (
         "policy prompts group_size steps transition eta shift guidance_scale width height initial_noise", "frames", "DANCEGRPO_ROLLOUT IMAGE"),
-    "DanceGRPOLoadReward": ("reward model batch_size", "", "DANCEGRPO_REWARD"),
+    "DanceGRPOLoadReward": ("reward model batch_size", "base frames frame_score device", "DANCEGRPO_REWARD"),
     "DanceGRPOScore": ("rollout reward weight", "images scores", "DANCEGRPO_SCORES"),
     "DanceGRPOScoresFromNumbers": ("rollout numbers name weight", "scores", "DANCEGRPO_SCORES"),
     "DanceGRPOAdvantage": ("scores clamp", "", "DANCEGRPO_ADVANTAGES"),
@@ -59,6 +59,8 @@ CHOICES = {
     "DanceGRPOGroupSample.initial_noise": {"shared", "independent"},
     "DanceGRPOLoadReward.reward": {"clip_score", "shapes_agreement"},
     "DanceGRPOLoadReward.model": {"embedded"},
+    "DanceGRPOLoadReward.base": {"published"},
+    "DanceGRPOLoadReward.frame_score": {"mean", "worst"},
 }
 ENGINE_BUILT = {"DanceGRPOLoopStart", "DanceGRPOLoopRunner"}  # called by the loop, with what it made
 

@@ -9,7 +9,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
-from .. import headers
+from .. import headers, hub
 from ..errors import RunError
 from ..workflow.host import host
 
@@ -17,7 +17,6 @@ KINDS = ("diffusers", "checkpoints", "diffusion_models")  # model folders that a
 SUFFIX = ".safetensors"
 INDEX = "model_index.json"
 HALF = "fp16"  # the variant of weights that is published beside others, or alone
-_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _WITHOUT_WEIGHTS = re.compile(r"Tokenizer|Processor|Scheduler|FeatureExtractor")  # in the names of classes
 
 
@@ -60,9 +59,9 @@ def policy(name: str) -> Path:
     for kind in KINDS:
         if path := host().find_model(kind, name):
             return path
-    if path := cached(name):
-        return path
-    cache = f", and the Hugging Face cache {_cache()}" if _HUB_NAME.fullmatch(name) else ""
+    if hub.cached(f"{name}/{INDEX}"):
+        return hub.cached(name)
+    cache = hub.in_words(name)
     raise RunError(f'input "policy": found {name!r}, which is in none of the folders searched ({searched(KINDS)}{cache})'
                    + ("; nothing is downloaded" if cache else ""))
 
@@ -71,7 +70,7 @@ def diffusers_folders() -> list[str]:
     """The names of diffusers folders: those directly in the model folders, then the hub ids in the cache."""
     names = {name for kind in KINDS for name in host().list_models(kind)
              if (path := host().find_model(kind, name)) and (path / INDEX).is_file()}
-    return sorted(names) + hub_names()
+    return sorted(names) + hub.names(INDEX)
 
 
 def single_files(*kinds: str) -> list[str]:
@@ -86,37 +85,6 @@ def single_files(*kinds: str) -> list[str]:
             found |= {(Path(folder) / name).relative_to(top).as_posix() for name in names
                       if name.endswith(SUFFIX) and not name.startswith(".")}
     return sorted(found)
-
-
-# -- the Hugging Face cache ---------------------------------------------------------------------------------------------------
-def _cache() -> Path | None:
-    """None where the library is missing that fills it: nodes are listed with the standard library alone."""
-    try:
-        from huggingface_hub import constants
-    except ModuleNotFoundError:
-        return None
-    return Path(constants.HF_HUB_CACHE)
-
-
-def cached(name: str) -> Path | None:
-    """The folder of a hub id ("org/name") in the cache: the snapshot that its main branch was at when it was downloaded."""
-    cache = _cache()
-    if cache is None or not _HUB_NAME.fullmatch(name) or ".." in name:
-        return None
-    repository = cache / f"models--{name.replace('/', '--')}"
-    try:
-        snapshot = repository / "snapshots" / (repository / "refs" / "main").read_text(encoding="utf-8").strip()
-    except OSError:
-        return None
-    return snapshot if (snapshot / INDEX).is_file() else None
-
-
-def hub_names() -> list[str]:
-    """The hub ids of diffusers pipelines in the cache."""
-    cache = _cache()
-    folders = sorted(cache.glob("models--*--*")) if cache and cache.is_dir() else []
-    names = (folder.name.removeprefix("models--").replace("--", "/", 1) for folder in folders)
-    return [name for name in names if cached(name)]
 
 
 # -- what a diffusers folder holds ----------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import CLIPModel, CLIPTokenizerFast
 
-from .. import processes
+from .base import Source
 
 try:  # without torchvision, newer transformers has the Pillow processor under this name; older ones had no other
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil as CLIPImageProcessor
@@ -39,6 +39,5 @@ class ClipScore(torch.nn.Module):
         return (output.image_embeds * output.text_embeds).sum(-1)
 
 
-def load(folder: Path) -> ClipScore:
-    with processes.outside_inference_mode():
-        return ClipScore(folder).requires_grad_(False).eval()
+def load(source: Source) -> ClipScore:
+    return ClipScore(source.model).requires_grad_(False).eval()

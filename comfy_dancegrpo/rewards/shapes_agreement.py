@@ -6,15 +6,15 @@ Measured, not learned (see `embedded/shapes.py`), so no policy can please it wit
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from ..embedded import shapes
+from .base import Source
 
 
-def load(folder: Path | None = None):
+def load(source: Source):
     def shapes_agreement(pictures: Tensor, prompts: Sequence[str]) -> Tensor:
         return torch.tensor([shapes.agreement(p.double().cpu().numpy(), text) for p, text in zip(pictures, prompts)])
 

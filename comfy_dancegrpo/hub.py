@@ -1,0 +1,44 @@
+"""The Hugging Face cache of this machine: what was downloaded before. No network is asked."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+_NAME = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:/(.+))?")
+
+
+def folder() -> Path | None:
+    """None where the library is missing that fills it: nodes are listed with the standard library alone."""
+    try:
+        from huggingface_hub import constants
+    except ModuleNotFoundError:
+        return None
+    return Path(constants.HF_HUB_CACHE)
+
+
+def cached(name: str) -> Path | None:
+    """The folder of a hub id ("org/name"), or a file in it ("org/name/file"), in the snapshot that its main branch was at when it was downloaded."""
+    cache, parts = folder(), _NAME.fullmatch(name)
+    if cache is None or parts is None or ".." in name:
+        return None
+    repository = cache / f"models--{parts[1].replace('/', '--')}"
+    try:
+        snapshot = repository / "snapshots" / (repository / "refs" / "main").read_text(encoding="utf-8").strip()
+    except OSError:
+        return None
+    path = snapshot / (parts[2] or "")
+    return path if path.exists() else None
+
+
+def names(having: str) -> list[str]:
+    """The hub ids in the cache whose snapshot has the file `having`."""
+    cache = folder()
+    folders = sorted(cache.glob("models--*--*")) if cache and cache.is_dir() else []
+    found = (path.name.removeprefix("models--").replace("--", "/", 1) for path in folders)
+    return [name for name in found if cached(f"{name}/{having}")]
+
+
+def in_words(name: str) -> str:
+    """For the end of a list of folders searched: the cache, where `name` may be in it."""
+    return f", and the Hugging Face cache {folder()}" if _NAME.fullmatch(name) else ""

@@ -1,0 +1,169 @@
+"""What a reward is: a function from pictures (or videos) and prompts to one number each, and how it is called."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from .. import processes
+from ..errors import RunError
+from ..quiet import quiet_loading
+from ..workflow.host import host
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+FRAME_SCORES = ("mean", "worst")  # of a video's scored frames, what is its score
+
+
+class RewardFunction(Protocol):
+    """One number for each picture; larger is better. One with weights is a `torch.nn.Module`: the host decides where they are."""
+
+    def __call__(self, pictures: Tensor | Sequence[Tensor], prompts: Sequence[str]) -> Tensor:
+        """N pictures [H, W, 3] float32 in 0..1 on the CPU (as one tensor where all are of one size), N prompts; returns [N].
+
+        A prompt that came with a reference picture is a `prompts.Prompt`, which has it. The function of a `Kind` with
+        `whole_videos` is given N videos [F, H, W, 3] instead; a picture is then a video of one frame.
+        """
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a reward's weights are. model: a file or a folder, None for a reward without one. base: the folder of the published model
+    that the weights were tuned from, which has the configuration and the tokenizer; None for a kind without one."""
+
+    model: Path | None = None
+    base: Path | None = None
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A reward's line in the registry: what can be told of it without loading anything.
+
+    module: in this package, with `load(source: Source) -> RewardFunction`; a custom reward's has a dot, and is the whole name.
+    model_type: of config.json, where it takes a transformers folder. suffixes: of names, where it takes a single file of weights.
+    base, base_type: the hub id and the model_type of the published model that a single file leans on.
+    whole_videos: scores a video as a whole; others score a video's frames one by one.
+    """
+
+    module: str
+    model_type: str | None = None
+    suffixes: tuple[str, ...] = ()
+    base: str = ""
+    base_type: str | None = None
+    whole_videos: bool = False
+
+    @property
+    def has_model(self) -> bool:
+        return self.model_type is not None or bool(self.suffixes)
+
+    @property
+    def accepted(self) -> str:
+        """What `model` may be, in words."""
+        forms = [f"a transformers folder of model_type {self.model_type!r}"] if self.model_type else []
+        return " or ".join(forms + [f"a {suffix} file" for suffix in self.suffixes])
+
+
+class Deferred:
+    """A reward function that is loaded when it is first needed, once."""
+
+    def __init__(self, make: Callable[[], RewardFunction]):
+        self._make, self._made, self._lock = make, None, threading.Lock()
+
+    def get(self) -> RewardFunction:
+        with self._lock:
+            if self._made is None:
+                with processes.outside_inference_mode(), quiet_loading():
+                    self._made = self._make()
+            return self._made
+
+
+@dataclass(frozen=True)
+class Reward:
+    """A reward as it travels on a wire. It is called in batches of `batch_size` pictures.
+
+    frames: of a video that are scored, evenly spread from its first to its last; `frame_score` of them is the video's score.
+    device: where it computes ("cuda:1", "cpu"); "" leaves that to the host.
+    """
+
+    name: str
+    function: RewardFunction | Deferred
+    batch_size: int = 32
+    frames: int = 8
+    frame_score: str = "mean"
+    whole_videos: bool = False
+    device: str = ""
+
+    @property
+    def loaded(self) -> RewardFunction:
+        """The function, loaded now where it was not yet."""
+        return self.function.get() if isinstance(self.function, Deferred) else self.function
+
+    @property
+    def modules(self) -> list[torch.nn.Module]:
+        """All that `to` moves; none for a reward without weights."""
+        import torch
+
+        return [self.loaded] if isinstance(self.loaded, torch.nn.Module) else []
+
+    def to(self, device: torch.device) -> None:
+        """Moves the weights, or where the reward has a device of its own, to that."""
+        with processes.outside_inference_mode():
+            for module in self.modules:
+                module.to(self.device or device)
+
+    def __call__(self, pictures: Tensor | Sequence[Tensor], prompts: Sequence[str]) -> Tensor:
+        """[N] float32, of N pictures [H, W, 3] or videos [F, H, W, 3] in 0..1.
+
+        Raises `RunError` on a wrong count, and on NaN or infinity with the prompt that got it.
+        """
+        import torch
+
+        host().load(self)
+        videos = len(pictures) > 0 and pictures[0].ndim == 4
+        if self.whole_videos:
+            return self._batches(pictures if videos else [picture[None] for picture in pictures], prompts)
+        if videos:
+            chosen = [video[spread(len(video), self.frames)] for video in pictures]
+            owners = torch.arange(len(chosen)).repeat_interleave(torch.tensor([len(frames) for frames in chosen]))
+            values = self._batches([frame for frames in chosen for frame in frames], [prompts[i] for i in owners.tolist()])
+            of_video = {"mean": torch.mean, "worst": torch.min}[self.frame_score]
+            return torch.stack([of_video(values[owners == i]) for i in range(len(chosen))])
+        return self._batches(pictures, prompts)
+
+    def _batches(self, pictures: Tensor | Sequence[Tensor], prompts: Sequence[str]) -> Tensor:
+        import torch
+
+        return torch.cat([self._checked(pictures[i: i + self.batch_size], prompts[i: i + self.batch_size])
+                          for i in range(0, len(prompts), self.batch_size)])
+
+    def _checked(self, pictures, prompts: Sequence[str]) -> Tensor:
+        import torch
+
+        values = torch.as_tensor(self.loaded(pictures, prompts)).detach().float().cpu().reshape(-1)
+        if len(values) != len(prompts):
+            raise RunError(f"reward {self.name!r}: found {len(values)} scores for {len(prompts)} pictures")
+        if not bool(values.isfinite().all()):
+            bad = int((~values.isfinite()).nonzero()[0])
+            raise RunError(f"reward {self.name!r}: found {values[bad].item()} for the prompt {prompts[bad]!r}; "
+                           "accepted: finite numbers")
+        return values
+
+
+def spread(count: int, most: int) -> list[int]:
+    """At most `most` places in 0..count - 1, evenly spread, the first and the last among them; of one the middle."""
+    if most == 1:
+        return [count // 2]
+    return [round(i * (count - 1) / (most - 1)) for i in range(most)] if count > most else list(range(count))
+
+
+def distinct(name: str, taken: Collection[str]) -> str:
+    """The name, or name_2, name_3 … where it is taken: two CLIP scores by different models are told apart."""
+    if name not in taken:
+        return name
+    return next(f"{name}_{k}" for k in itertools.count(2) if f"{name}_{k}" not in taken)

@@ -1,0 +1,75 @@
+"""Where a reward's weights are on this machine: `reward_models` and the Hugging Face cache. No network is asked."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from .. import hub
+from ..errors import RunError
+from ..workflow.host import host
+from .base import Kind, Source
+
+EMBEDDED = "embedded"
+PUBLISHED = "published"  # the base that the reward's publishers name
+CONFIG = "config.json"
+FOLDER = "reward_models"
+
+
+def available_models() -> list[str]:
+    """Names that a reward's `model` may take: the embedded one, and what lies in `reward_models`. Hub ids in the cache are taken too."""
+    return [EMBEDDED, *host().list_models(FOLDER)]
+
+
+def available_bases() -> list[str]:
+    """Names that a reward's `base` may take."""
+    return [PUBLISHED, *(name for name in host().list_models(FOLDER) if (find(name) / CONFIG).is_file())]
+
+
+def find(name: str, input: str = "model") -> Path:
+    """The file or the folder of that name. Raises `RunError` naming the folders searched."""
+    if name == EMBEDDED:
+        from ..embedded import REWARD
+        return REWARD
+    path = host().find_model(FOLDER, name) or hub.cached(name)
+    if path is None:
+        searched = ", ".join(map(str, host().model_folders(FOLDER)))
+        raise RunError(f'input "{input}": found {name!r}, which is in none of the folders searched ({searched}{hub.in_words(name)})')
+    return path
+
+
+def source(name: str, kind: Kind, model: str, base: str = PUBLISHED) -> Source:
+    """The files of a reward. Raises `RunError` when one is missing or of another kind than the reward takes."""
+    if not kind.has_model:
+        return Source()
+    path = find(model)
+    if path.is_dir() and (kind.model_type is None or _model_type(path) != kind.model_type):
+        raise RunError(f'input "model": found {path} (model_type {_model_type(path)!r}), accepted for {name}: {kind.accepted}')
+    if path.is_file() and not path.name.endswith(kind.suffixes or ("\0",)):
+        raise RunError(f'input "model": found {path}, accepted for {name}: {kind.accepted}')
+    if not kind.base or path.is_dir() and base == PUBLISHED:
+        return Source(path)
+    return Source(path, _base(name, kind, base))
+
+
+def _base(name: str, kind: Kind, base: str) -> Path:
+    if base != PUBLISHED:
+        path = find(base, "base")
+    else:
+        short = kind.base.rpartition("/")[2]
+        path = host().find_model(FOLDER, kind.base) or host().find_model(FOLDER, short) or hub.cached(kind.base)
+        if path is None:
+            searched = ", ".join(map(str, host().model_folders(FOLDER)))
+            raise RunError(f'input "base": {name} needs the configuration and the tokenizer of {kind.base}, which is in none of the folders '
+                           f"searched ({searched}{hub.in_words(kind.base)}); put that folder there as {short!r}")
+    if kind.base_type is not None and _model_type(path) != kind.base_type:
+        raise RunError(f'input "base": found {path} (model_type {_model_type(path)!r}), accepted for {name}: '
+                       f"a transformers folder of model_type {kind.base_type!r}, such as {kind.base}")
+    return path
+
+
+def _model_type(folder: Path) -> str | None:
+    try:
+        return json.loads((folder / CONFIG).read_text(encoding="utf-8")).get("model_type")
+    except (OSError, ValueError, AttributeError):
+        return None
