@@ -17,7 +17,7 @@ from comfy_dancegrpo.grpo.forward import step
 from comfy_dancegrpo.grpo.gaussian import log_prob
 from comfy_dancegrpo.grpo.learner import Learner, OptimizerSettings
 from comfy_dancegrpo.grpo.noise import generator
-from comfy_dancegrpo.grpo.protocol import CallCount, SamplingPlan, Scores
+from comfy_dancegrpo.grpo.protocol import CallCount, Column, SamplingPlan, Scores
 from comfy_dancegrpo.grpo.rollout import Request, initial_noise, sample
 from comfy_dancegrpo.grpo.update import UpdateSettings, update
 from comfy_dancegrpo.lora import files
@@ -127,7 +127,7 @@ def test_replay_gives_the_ratio_one_exactly(case, policy, micro_batch, one_threa
     with attached(case, policy) as adapter:
         learner = Learner(policy, adapter.parameters, OptimizerSettings(), "run")
         rollout = roll(case, policy, case.transition, eta=0.7, group_size=2, micro_batch=micro_batch, version=learner.version)
-        scores = Scores(rollout, (("toy", 1.0, torch.arange(float(rollout.size))),))
+        scores = Scores(rollout, (Column("toy", 1.0, torch.arange(float(rollout.size))),))
         stats = update(learner, combine(scores), UpdateSettings(train_fraction=1.0))
     assert stats.ratio_deviation == 0.0 and stats.grad_norm > 0
 

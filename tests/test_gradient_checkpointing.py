@@ -6,7 +6,7 @@ import torch
 from comfy_dancegrpo import policies
 from comfy_dancegrpo.grpo.advantages import combine
 from comfy_dancegrpo.grpo.learner import Learner, OptimizerSettings
-from comfy_dancegrpo.grpo.protocol import SamplingPlan, Scores, Size
+from comfy_dancegrpo.grpo.protocol import Column, SamplingPlan, Scores, Size
 from comfy_dancegrpo.grpo.rollout import Request, sample
 from comfy_dancegrpo.grpo.update import UpdateSettings, update
 from comfy_dancegrpo.lora.adapter import Adapter, LoraSettings
@@ -35,7 +35,7 @@ def iteration(policy, on):
         plan = SamplingPlan(policy.time_grid(4, 3.0, SIZE), "dance_sde", 0.7, 3.5, SIZE)
         request = Request(PROMPTS, 2, policy.latent_shape(SIZE), seed=1, iteration=0, micro_batch=2)
         rollout = sample(policy, request, encode(policy, PROMPTS, SIZE), plan, learner.version)
-        stats = update(learner, combine(Scores(rollout, (("toy", 1.0, torch.arange(float(rollout.size))),))), UpdateSettings(train_fraction=1.0))
+        stats = update(learner, combine(Scores(rollout, (Column("toy", 1.0, torch.arange(float(rollout.size))),))), UpdateSettings(train_fraction=1.0))
         return learner.gradients, stats, sum(calls)
     finally:
         policy.checkpoint_gradients(False)

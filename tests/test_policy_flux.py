@@ -24,7 +24,7 @@ from comfy_dancegrpo.embedded import POLICY
 from comfy_dancegrpo.grpo.advantages import combine
 from comfy_dancegrpo.grpo.learner import Learner, OptimizerSettings
 from comfy_dancegrpo.grpo.noise import generator
-from comfy_dancegrpo.grpo.protocol import Conditioning, SamplingPlan, Scores, Size
+from comfy_dancegrpo.grpo.protocol import Column, Conditioning, SamplingPlan, Scores, Size
 from comfy_dancegrpo.grpo.rollout import Request, initial_noise, sample
 from comfy_dancegrpo.grpo.update import UpdateSettings, update
 from comfy_dancegrpo.lora import files
@@ -159,7 +159,7 @@ def first_update(policy, micro_batch):
         adapter.load(random_tensors(adapter, "live"))
         learner = Learner(policy, adapter.parameters, OptimizerSettings(), "run")
         rollout = roll(policy, transition="dance_sde", eta=0.7, group_size=3, micro_batch=micro_batch, version=learner.version)
-        scores = Scores(rollout, (("toy", 1.0, torch.arange(6.0)),))
+        scores = Scores(rollout, (Column("toy", 1.0, torch.arange(6.0)),))
         return rollout, update(learner, combine(scores), UpdateSettings(train_fraction=1.0))
     finally:
         adapter.remove()

@@ -13,7 +13,7 @@ import torch
 
 from comfy_dancegrpo.grpo.advantages import combine
 from comfy_dancegrpo.grpo.learner import Learner, OptimizerSettings
-from comfy_dancegrpo.grpo.protocol import Conditioning, SamplingPlan, Scores, Size, TimeGrid
+from comfy_dancegrpo.grpo.protocol import Column, Conditioning, SamplingPlan, Scores, Size, TimeGrid
 from comfy_dancegrpo.grpo.rollout import Request, sample
 from comfy_dancegrpo.grpo.update import NotFinite, StaleRollout, UpdateSettings, chosen_transitions, shares, update
 
@@ -69,11 +69,11 @@ def rollout_of(learner, iteration=0, micro_batch=7, dtype=torch.float64, eta=ETA
     return sample(learner.policy, request, Conditioning({"words": words}), plan, learner.version)
 
 
-def advantages_of(rollout, flat_group=None):
+def advantages_of(rollout, flat_group=None, best_of=0):
     values = torch.randn(rollout.size, generator=torch.Generator().manual_seed(2))
     if flat_group is not None:
         values[rollout.groups == flat_group] = 0.25
-    return combine(Scores(rollout, (("toy", 1.0, values),)))
+    return combine(Scores(rollout, (Column("toy", 1.0, values),)), best_of=best_of)
 
 
 def drifted(learner, scale=2e-3):
@@ -151,7 +151,7 @@ def test_the_gradient_of_each_of_several_optimizer_steps():
     learner, advantages = case(drift=1e-4, flat_group=1)
     settings = dataclasses.replace(ALL, optimizer_steps=3, train_fraction=0.5)
     stats = update(learner, advantages, settings)
-    parts = shares(advantages.scores.rollout, advantages.flat, settings)
+    parts = shares(advantages.scores.rollout, advantages.trained, settings)
     assert len(parts) == len(learner.gradients) == 3
     for pairs, before, gradient in zip(parts, learner.before, learner.gradients):
         assert relative_error(gradient, finite_difference(before, advantages, pairs, ALL.clip_range, h=1e-7)) < 1e-5
@@ -225,7 +225,7 @@ def test_the_share_of_the_transitions(fraction, count):
 @pytest.mark.parametrize("optimizer_steps", [1, 2, 5, 12, 40])
 def test_every_transition_is_in_one_optimizer_step(optimizer_steps):
     rollout = rollout_of(Recorder(Perceptron()))
-    parts = shares(rollout, torch.zeros(PROMPTS, dtype=torch.bool), dataclasses.replace(ALL, optimizer_steps=optimizer_steps))
+    parts = shares(rollout, torch.ones(rollout.size, dtype=torch.bool), dataclasses.replace(ALL, optimizer_steps=optimizer_steps))
     assert len(parts) == optimizer_steps and sorted(pair for pairs in parts for pair in pairs) == PAIRS
     assert max(map(len, parts)) - min(map(len, parts)) <= 1
     assert sum(len({n for n, _ in pairs}) for pairs in parts) < rollout.size + optimizer_steps  # a sample's steps stay together
@@ -233,7 +233,7 @@ def test_every_transition_is_in_one_optimizer_step(optimizer_steps):
 
 def test_more_optimizer_steps_than_transitions_take_one_each():
     rollout = rollout_of(Recorder(Perceptron()))
-    parts = shares(rollout, torch.zeros(PROMPTS, dtype=torch.bool), dataclasses.replace(ALL, optimizer_steps=len(PAIRS) + 5))
+    parts = shares(rollout, torch.ones(rollout.size, dtype=torch.bool), dataclasses.replace(ALL, optimizer_steps=len(PAIRS) + 5))
     assert sorted(map(tuple, parts)) == [(pair,) for pair in PAIRS]
 
 
@@ -245,10 +245,26 @@ def test_flat_groups_train_nothing():
     assert relative_error(learner.gradients[0], finite_difference(learner.before[0], advantages, kept, ALL.clip_range)) < 1e-5
 
 
+def test_the_best_and_worst_of_each_group_are_replayed_and_the_others_are_not():
+    learner = Recorder(Perceptron())
+    rollout = rollout_of(learner)
+    advantages, every = advantages_of(rollout, flat_group=1, best_of=2), advantages_of(rollout, flat_group=1)
+    scores = advantages.scores.columns[0].raw.numpy().reshape(PROMPTS, GROUP)
+    kept = sorted(g * GROUP + place for g in (0, 2) for place in (scores[g].argmin(), scores[g].argmax()))
+    assert torch.equal(advantages.values, every.values)  # they were compared with the whole group
+    seen = []
+    learner.policy.net.register_forward_hook(lambda module, arguments, output: seen.append(len(output)))
+    drifted(learner)
+    stats = update(learner, advantages, ALL)
+    pairs = [(n, t) for n, t in PAIRS if n in kept]
+    assert stats.transitions == len(pairs) == 16 and sum(seen) == stats.calls.backward == 21  # 3 micro-batches of 7
+    assert relative_error(learner.gradients[0], finite_difference(learner.before[0], advantages, pairs, ALL.clip_range)) < 1e-5
+
+
 def test_an_iteration_of_flat_groups_alone_passes_and_changes_nothing():
     learner, advantages = case()
     before = flat(learner.parameters.values())
-    dull = dataclasses.replace(advantages, flat=torch.ones(PROMPTS, dtype=torch.bool))
+    dull = dataclasses.replace(advantages, trained=torch.zeros(PROMPTS * GROUP, dtype=torch.bool))
     stats = update(learner, dull, ALL)
     assert (stats.transitions, stats.calls.backward, stats.loss, stats.grad_norm) == (0, 0, 0.0, 0.0)
     assert (flat(learner.parameters.values()) == before).all() and learner.version == ("toy", 1)

@@ -67,7 +67,7 @@ def test_a_video_scores_the_mean_of_its_frames():
 # -- the Score node -----------------------------------------------------------------------------------------------------
 def scored(pictures, images):
     rollout = SimpleNamespace(pictures=pictures, prompts=("a",) * len(pictures), size=len(pictures))
-    return Score().score(rollout=[rollout], reward=[Reward("r", brightness)], weight=[1.0], images=images)[0].columns[0][2]
+    return Score().score(rollout=[rollout], reward=[Reward("r", brightness)], weight=[1.0], images=images)[0].columns[0].raw
 
 
 @pytest.mark.parametrize("shape", [(4, 8, 8, 3), (4, 5, 8, 8, 3)], ids=["pictures", "videos"])
@@ -142,7 +142,7 @@ def test_the_live_group_of_videos_moves_and_of_pictures_does_not(tmp_path):
     folder = RunFolder(tmp_path)
     for iteration, (shape, kind, frames) in enumerate([((2, 5, 16, 16, 3), "webp", 5), ((2, 16, 16, 3), "jpg", 1)], 1):
         rollout = SimpleNamespace(pictures=torch.rand(shape), groups=torch.zeros(2), prompts=("a", "a"))
-        scores = SimpleNamespace(rollout=rollout, total=torch.tensor([0.0, 1.0]), columns=(("r", 1.0, None),))
+        scores = SimpleNamespace(rollout=rollout, total=torch.tensor([0.0, 1.0]), columns=(SimpleNamespace(name="r"),))
         live.write(folder, iteration, 2, 0.0, SimpleNamespace(advantages=SimpleNamespace(scores=scores, values=torch.tensor([-1.0, 1.0]))))
         files = sorted(p.name for p in folder.live.iterdir() if p.suffix != ".json")
         assert files == [f"{iteration}-0.{kind}", f"{iteration}-1.{kind}"]  # the former ones are gone

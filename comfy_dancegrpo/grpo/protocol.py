@@ -151,27 +151,44 @@ class Rollout:
 
 
 @dataclass(frozen=True)
+class Column:
+    """The scores of a rollout by one reward.
+
+    raw: [N] float32, as the reward gave them; people are shown these. adjusted: [N] float32, what is trained on in their place.
+    """
+
+    name: str
+    weight: float
+    raw: Tensor
+    adjusted: Tensor | None = None
+
+    @property
+    def used(self) -> Tensor:
+        return self.raw if self.adjusted is None else self.adjusted
+
+
+@dataclass(frozen=True)
 class Scores:
-    """The scores of a rollout by reward: each (name, weight, values [N] float32)."""
+    """The scores of a rollout, a column a reward."""
 
     rollout: Rollout
-    columns: tuple[tuple[str, float, Tensor], ...]
+    columns: tuple[Column, ...]
     seconds: float = 0.0
 
     @property
     def total(self) -> Tensor:
-        """[N] float32: the weighted sum of the raw scores, as people are shown it; training normalises each reward first."""
-        return sum(weight * values for _, weight, values in self.columns)
+        """[N] float32: the weighted sum of the raw scores, as people are shown it; `advantages.combine` says what training takes."""
+        return sum(column.weight * column.raw for column in self.columns)
 
 
 @dataclass(frozen=True)
 class Advantages:
-    """values: [N] float32. flat: [P] bool, the groups without spread, which train nothing. group_std: of the first reward."""
+    """values: [N] float32. flat: [P] bool, the groups without spread, which train nothing. trained: [N] bool, the samples that do."""
 
     scores: Scores
     values: Tensor
     flat: Tensor
-    group_std: float
+    trained: Tensor
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:

@@ -62,13 +62,13 @@ def chosen_transitions(rollout: Rollout, sample: int, fraction: float) -> list[i
     return sorted(torch.randperm(trainable, generator=source)[:count].tolist())
 
 
-def shares(rollout: Rollout, flat: Tensor, settings: UpdateSettings) -> list[list[tuple[int, int]]]:
-    """(sample, step) pairs of each optimizer step; samples of flat groups are left out, and steps left empty by that.
+def shares(rollout: Rollout, trained: Tensor, settings: UpdateSettings) -> list[list[tuple[int, int]]]:
+    """(sample, step) pairs of each optimizer step; samples that are not `trained` [N] bool are left out, and steps left empty by that.
 
     The shares are equal to within one pair, so that no step pays for a micro-batch of padding that its neighbour could fill.
     """
     order = torch.randperm(rollout.size, generator=generator("order", rollout.seed, rollout.iteration)).tolist()
-    pairs = [(n, t) for n in order if not flat[rollout.groups[n]] for t in chosen_transitions(rollout, n, settings.train_fraction)]
+    pairs = [(n, t) for n in order if trained[n] for t in chosen_transitions(rollout, n, settings.train_fraction)]
     parts = min(settings.optimizer_steps, len(pairs))
     return [pairs[k * len(pairs) // parts:(k + 1) * len(pairs) // parts] for k in range(parts)]
 
@@ -90,7 +90,7 @@ def update(learner: Learner, advantages: Advantages, settings: UpdateSettings,
     if rollout.log_probs.shape[1] == 0 or not bool((rollout.log_probs != 0).any()):
         raise ValueError("the rollout has no noise, so it has no log-probabilities to train on: "
                          "sample with a stochastic transition, eta above 0 and at least 2 steps")
-    parts, calls = shares(rollout, advantages.flat, settings), CallCount()
+    parts, calls = shares(rollout, advantages.trained, settings), CallCount()
     total, done = sum(map(len, parts)), 0
     losses, ratios, norms = [], [], []
     learner.zero_grad()  # of an update that was interrupted

@@ -58,7 +58,7 @@ def _write(folder: RunFolder, iteration: int, iterations: int, seconds_left: flo
                 image.save(beside, "JPEG", quality=90)
         samples.append({"file": name, "score": total[i].item(), "advantage": stats.advantages.values[i].item()})
     state = {"iteration": iteration, "iterations": iterations, "seconds_left": seconds_left, "prompt": rollout.prompts[first[0]],
-             "reward": " + ".join(name for name, _, _ in scores.columns), "samples": samples}
+             "reward": " + ".join(column.name for column in scores.columns), "samples": samples}
     write_atomically(folder.live / "state.json", json.dumps(state) + "\n")
     for path in former:  # last, so that what state.json names is always there
         if path.name not in {s["file"] for s in samples}:

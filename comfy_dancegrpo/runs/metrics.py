@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 from .folder import write_atomically
 
 if TYPE_CHECKING:  # the rest of this file reads and writes lines, and a page's server imports no torch for it
+    from ..grpo.protocol import Column
     from ..grpo.update import UpdateStats
 
 
@@ -19,7 +20,8 @@ def row(iteration: int, stats: UpdateStats, total_seconds: float) -> dict[str, A
     """What is written of one iteration (iteration counts from 1).
 
     reward_mean and reward_std are over the samples of the weighted sum of raw scores; group_std is the mean spread within
-    groups; denoiser_calls count samples, padding included and told apart; seconds are by phase.
+    groups. Each reward's mean and std are of its raw scores too; used_mean, where they were adjusted, of what trained in their place.
+    trained_samples went into the update; denoiser_calls count samples, padding included and told apart; seconds are by phase.
     """
     scores = stats.advantages.scores
     rollout = scores.rollout
@@ -30,7 +32,7 @@ def row(iteration: int, stats: UpdateStats, total_seconds: float) -> dict[str, A
         "reward_mean": total.mean().item(),
         "reward_std": total.std().item(),
         "group_std": group_std / len(stats.advantages.flat),
-        "rewards": {name: {"mean": v.mean().item(), "std": v.std().item(), "weight": w} for name, w, v in scores.columns},
+        "rewards": {column.name: _of_reward(column) for column in scores.columns},
         "ratio_deviation": stats.ratio_deviation,
         "clip_fraction": stats.clip_fraction,
         "approx_kl": stats.approx_kl,
@@ -38,6 +40,7 @@ def row(iteration: int, stats: UpdateStats, total_seconds: float) -> dict[str, A
         "loss": stats.loss,
         "learning_rate": stats.learning_rate,
         "flat_groups": int(stats.advantages.flat.sum()),
+        "trained_samples": int(stats.advantages.trained.sum()),
         "transitions": stats.transitions,
         "denoiser_calls": {
             "forward": rollout.calls.forward + stats.calls.forward,
@@ -48,6 +51,11 @@ def row(iteration: int, stats: UpdateStats, total_seconds: float) -> dict[str, A
                     "update": round(stats.seconds, 4), "total": round(total_seconds, 4)},
         "time": round(time.time(), 3),
     }
+
+
+def _of_reward(column: Column) -> dict[str, float]:
+    adjusted = {} if column.adjusted is None else {"used_mean": column.adjusted.mean().item()}
+    return {"mean": column.raw.mean().item(), "std": column.raw.std().item(), "weight": column.weight, **adjusted}
 
 
 def read(path: Path) -> list[dict[str, Any]]:

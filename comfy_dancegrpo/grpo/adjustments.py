@@ -1,0 +1,41 @@
+"""What may be done to a reward's scores before they become advantages: one equation each, on [N] float32, giving the same."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .groups import members
+
+
+def threshold(values: Tensor, least: float) -> Tensor:
+    """The binary reward of arXiv 2505.07818, section 2.3: 1 where a score is above `least`, 0 elsewhere (also where it equals it)."""
+    return (values > least).to(values.dtype)
+
+
+def clip(values: Tensor, low: float, high: float) -> Tensor:
+    """min(max(r, low), high), as rewards are clipped since arXiv 1312.5602, section 5.
+
+    Raises:
+        ValueError: low is not below high.
+    """
+    if not low < high:
+        raise ValueError(f'input "high": found {high:g}, accepted: above "low" ({low:g})')
+    return values.clamp(low, high)
+
+
+def rank(values: Tensor, groups: Tensor) -> Tensor:
+    """The share of the rest of its group that a score is above; ties share the mean of their ranks (Kendall, Biometrika 33, 1945).
+
+    (rank - 1) / (G - 1) with ranks from 1: 0 for the group's least score, 1 for its largest, 0.5 for all of a group that ties.
+
+    Args:
+        values: [N] scores. groups: [N] int64 in 0..P-1, each group with at least two members.
+    """
+    ranks = torch.empty_like(values)
+    for rows in members(groups):
+        member = values[rows]
+        below = (member[:, None] > member).sum(1)
+        ties = (member[:, None] == member).sum(1) - 1  # with others than itself
+        ranks[rows] = (below + ties / 2).to(values.dtype) / (len(rows) - 1)
+    return ranks

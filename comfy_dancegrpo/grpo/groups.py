@@ -1,0 +1,20 @@
+"""The groups of a rollout's samples."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import Tensor
+
+
+def members(groups: Tensor) -> Iterator[Tensor]:
+    """The rows [G] int64 of each group of `groups` [N] int64 in 0..P-1, ascending; groups may differ in size and lie in any order.
+
+    Raises:
+        ValueError: a group has fewer than two members, so there is nothing that they could be compared with.
+    """
+    for g in range(int(groups.max()) + 1):
+        rows = (groups == g).nonzero()[:, 0]
+        if len(rows) < 2:
+            raise ValueError(f"group {g} has {len(rows)} samples, accepted: at least 2")
+        yield rows
