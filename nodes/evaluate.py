@@ -1,9 +1,9 @@
 from __future__ import annotations
 
-from comfy_dancegrpo.errors import RunError
 from comfy_dancegrpo.workflow.host import host
 
 from . import wires
+from .held_out import SAMPLING, held_out
 
 
 class Evaluate:
@@ -25,14 +25,7 @@ class Evaluate:
             "lora": wires.socket(wires.LORA, "From Loop End, or Load Policy LoRA."),
             "prompts": wires.socket(wires.PROMPTS, "Prompts that were not trained on."),
             "reward": wires.socket(wires.REWARD, reward),
-            "steps": wires.integer(16, 1, 1000, "Denoising steps."),
-            "shift": wires.number(3.0, 0.0, 100.0, "Of a flow's time grid; 0 takes what the model's own scheduler says. Diffusion models have none and ignore it.", 0.1),
-            "guidance_scale": wires.number(3.5, 0.0, 100.0, "The model's own guidance; without effect where it has none.", 0.1),
-            "width": wires.integer(720, 16, 8192, "Pixels.", 8),
-            "height": wires.integer(720, 16, 8192, "Pixels.", 8),
-            "noise_seed": ("INT", {"default": 1000, "min": 0, "max": 2**63 - 1, "control_after_generate": False, "tooltip": "Of the fixed noise."}),
-            "samples_per_prompt": wires.integer(1, 1, 64, "Noises for each prompt; its score is their mean."),
-            "batch_size": wires.integer(4, 1, 4096, "Samples in every denoiser call."),
+            **SAMPLING,
             "grid_columns": wires.integer(8, 1, 64, "Pairs in a row of the grid."),
             "grid_rows": wires.integer(2, 1, 64, "Rows of pairs in the grid."),
         }, "optional": {"reward_2": wires.socket(wires.REWARD, reward), "reward_3": wires.socket(wires.REWARD, reward), "frames": wires.FRAMES},
@@ -41,21 +34,15 @@ class Evaluate:
     def evaluate(self, policy, lora, prompts, reward, steps, shift, guidance_scale, width, height, noise_seed, samples_per_prompt,
                  batch_size, grid_columns, grid_rows, reward_2=None, reward_3=None, frames=1, unique_id="",
                  prompt=None):
-        from comfy_dancegrpo.grpo.protocol import SamplingPlan, Size
         from comfy_dancegrpo.runs import evaluate, pictures
         from comfy_dancegrpo.runs.folder import RunFolder
 
         if seen := len(set(prompts.prompts) & set(lora.prompts)):
             host().say(f"Evaluate: {seen} of its {len(prompts.prompts)} prompts were trained on; its figures flatter the LoRA")
-        rewards = [r for r in (reward, reward_2, reward_3) if r is not None]
-        size = Size(height, width, frames)
-        try:
-            policy.latent_shape(size)
-        except ValueError as error:
-            raise RunError(f'inputs "width", "height" and "frames": {error}') from None
-        plan = SamplingPlan(policy.time_grid(steps, shift, size), evaluate.NOISELESS[policy.process], 0.0, guidance_scale, size)
+        settings = held_out(policy, prompts, (reward, reward_2, reward_3), steps, shift, guidance_scale, width, height, noise_seed,
+                            samples_per_prompt, batch_size, frames)
         host().load(policy)
-        found = evaluate.evaluate(policy, lora, prompts.prompts, rewards, plan, noise_seed, batch_size, samples_per_prompt)
+        found = evaluate.evaluate(policy, lora, settings)
         host().say(f"Evaluate: without the LoRA, and with {'its moving average' if lora.averaged else 'it'} after {lora.iterations} iterations")
         if lora.folder is not None:  # one that was loaded from a file is of no run here
             RunFolder(lora.folder).add_evaluations(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from statistics import NormalDist
 
@@ -68,34 +68,59 @@ def t_quantile(p: float, degrees: int) -> float:
     return z + sum(term / degrees ** (k + 1) for k, term in enumerate(terms))
 
 
-def evaluate(policy: Policy, snapshot: LoraSnapshot, prompts: tuple[str, ...], rewards: Sequence[Reward], plan: SamplingPlan,
-             seed: int, micro_batch: int, samples_per_prompt: int = 1) -> Evaluation:
-    """Samples each prompt without and with the LoRA, from the same noises (fixed by the seed), and scores both.
+@dataclass(frozen=True)
+class HeldOut:
+    """What is drawn, from the same noises every time, and scored: prompts that are not trained on.
+
+    seed: of the noises. samples_per_prompt: noises for each prompt; its score is their mean. micro_batch: samples in every denoiser call.
+    """
+
+    prompts: tuple[str, ...] = field(repr=False)
+    rewards: tuple[Reward, ...]
+    plan: SamplingPlan
+    seed: int
+    micro_batch: int
+    samples_per_prompt: int = 1
+
+    @property
+    def names(self) -> list[str]:
+        """Of the rewards, told apart."""
+        names: list[str] = []
+        for reward in self.rewards:
+            names.append(distinct(reward.name, names))
+        return names
+
+    def draw(self, policy: Policy, conditioning: Conditioning, tick: Callable[[int, int], None] = lambda done, total: None) -> Tensor:
+        """[N * samples_per_prompt, H, W, 3] (videos [..., F, H, W, 3]), a prompt's after one another, as the policy stands now."""
+        request = Request(self.prompts, self.samples_per_prompt, policy.latent_shape(self.plan.size), self.seed, iteration=-1,
+                          shared_noise=False, micro_batch=self.micro_batch)
+        return sample(policy, request, conditioning, self.plan, ("evaluation", 0), tick=tick, record=False).pictures
+
+    def score(self, pictures: Tensor) -> dict[str, Tensor]:
+        """[N] of each reward, by name."""
+        repeated = tuple(prompt for prompt in self.prompts for _ in range(self.samples_per_prompt))
+        return {name: reward(pictures, repeated).view(len(self.prompts), self.samples_per_prompt).mean(1)
+                for name, reward in zip(self.names, self.rewards)}
+
+
+def evaluate(policy: Policy, snapshot: LoraSnapshot, held_out: HeldOut) -> Evaluation:
+    """Samples each prompt without and with the LoRA, from the same noises, and scores both.
 
     The unit of the statistics is the prompt: more samples of each steady its mean, they are not counted as more evidence.
     """
-    shape = policy.latent_shape(plan.size)
-    request = Request(prompts, samples_per_prompt, shape, seed, iteration=-1, shared_noise=False, micro_batch=micro_batch)
-    repeated = tuple(prompts[g] for g in request.groups.tolist())
-
-    def pictures(conditioning: Conditioning, half: int) -> Tensor:
-        def tick(now: int, total: int) -> None:
+    def tick(half: int) -> Callable[[int, int], None]:
+        def tell(now: int, total: int) -> None:
             host().check_interrupt()
             host().progress(half * total + now, 2 * total)
-        return sample(policy, request, conditioning, plan, ("evaluation", 0), tick=tick, record=False).pictures
-
-    def by_prompt(reward: Reward, pictures: Tensor) -> Tensor:
-        return reward(pictures, repeated).view(len(prompts), samples_per_prompt).mean(1)
+        return tell
 
     with torch.inference_mode(False):
-        conditioning = encode(policy, prompts, plan.size)
+        conditioning = encode(policy, held_out.prompts, held_out.plan.size)
         with bare(policy):
-            before = pictures(conditioning, 0)
+            before = held_out.draw(policy, conditioning, tick(0))
         with applied(policy, snapshot):
-            after = pictures(conditioning, 1)
-        comparisons: list[Comparison] = []
-        for reward in rewards:
-            name = distinct(reward.name, [c.reward for c in comparisons])
-            comparisons.append(Comparison(name, by_prompt(reward, before), by_prompt(reward, after)))
-    return Evaluation(prompts, tuple(comparisons), before[::samples_per_prompt].clone(), after[::samples_per_prompt].clone())
-
+            after = held_out.draw(policy, conditioning, tick(1))
+        scores = held_out.score(before), held_out.score(after)
+    comparisons = tuple(Comparison(name, scores[0][name], scores[1][name]) for name in held_out.names)
+    shown = slice(None, None, held_out.samples_per_prompt)
+    return Evaluation(held_out.prompts, comparisons, before[shown].clone(), after[shown].clone())
