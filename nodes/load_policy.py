@@ -34,6 +34,8 @@ class LoadPolicy:
             "components": wires.choice([OWN, *places.diffusers_folders()], "For a single file: the diffusers folder of its family that has the "
                                        "configurations, the tokenizers, and the weights that no file gives."),
             "prompt_cache": wires.choice(list(policies.PROMPT_CACHES), "Where encoded prompts are kept. disk: in the output folder too, for the next run."),
+            "guidance_scale_2": wires.number(0.0, 0.0, 100.0, "Of Wan 2.2 A14B's expert of low noise, wherever the policy draws: its makers take 4 for the first "
+                                                              "expert and 3 for this. 0 takes guidance_scale for both; other models have no second expert.", 0.1),
         }}
 
     @classmethod
@@ -43,9 +45,10 @@ class LoadPolicy:
             return True
         return policies.problem(policy, parts_of(given)) or True
 
-    def load(self, policy: str, dtype: str, vae=OWN, text_encoder=OWN, text_encoder_2=OWN, text_encoder_3=OWN, components=OWN, prompt_cache="memory"):
+    def load(self, policy: str, dtype: str, vae=OWN, text_encoder=OWN, text_encoder_2=OWN, text_encoder_3=OWN, components=OWN, prompt_cache="memory",
+             guidance_scale_2: float = 0.0):
         given = dict(zip(PARTS, (vae, text_encoder, text_encoder_2, text_encoder_3, components)))
-        return (policies.load(policy, dtype, parts_of(given), prompt_cache),)
+        return (policies.load(policy, dtype, parts_of(given), prompt_cache, guidance_scale_2),)
 
 
 def parts_of(values: dict) -> places.Parts:

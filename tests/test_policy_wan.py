@@ -2,11 +2,14 @@
 
 import dataclasses
 
+import families
+import numpy as np
 import pytest
 import torch
 from comfy_dancegrpo.errors import RunError
 from comfy_dancegrpo.grpo.noise import generator
 from comfy_dancegrpo.grpo.protocol import Conditioning, SamplingPlan, Size
+from comfy_dancegrpo.grpo.rollout import Request, initial_noise, sample
 from comfy_dancegrpo.lora import files
 from comfy_dancegrpo.lora.adapter import Adapter, LoraSettings, LoraSnapshot
 from comfy_dancegrpo.lora.layouts import wan as names
@@ -74,6 +77,26 @@ def test_a_boundary_without_a_second_expert_is_refused():
     pipeline.register_to_config(boundary_ratio=0.5)
     with pytest.raises(RunError, match="names a boundary between two experts, and has one"):
         Wan("half", pipeline, torch.float32)
+
+
+def test_the_expert_of_low_noise_has_a_guidance_of_its_own_as_in_the_pipeline():
+    policy = loaded(wan.wan22_a14b)
+    plan = plan_of(policy, SIZE, 4.0)
+    request = Request(PROMPTS, 1, policy.latent_shape(SIZE), seed=1, iteration=0, shared_noise=False, micro_batch=2)
+    same = sample(policy, request, condition(policy, SIZE), dataclasses.replace(plan, transition="ode", eta=0.0), ("run", 0)).pictures
+    policy.guide_low_noise(2.0)
+    assert policy.pipeline_options() == {"guidance_scale_2": 2.0}
+    made = sample(policy, request, condition(policy, SIZE), dataclasses.replace(plan, transition="ode", eta=0.0), ("run", 0)).pictures
+    assert (made - same).abs().max() > 1e-4
+    drawing = families.Drawing(PROMPTS, initial_noise(request, torch.arange(2)), SIZE, 3, 4.0)
+    wan.first_order(policy.pipeline)
+    theirs = families.draw_video(policy.pipeline, drawing, **policy.pipeline_options())
+    assert np.abs(theirs - made.numpy()).max() < 1e-5
+
+
+def test_a_model_of_one_expert_has_one_guidance():
+    with pytest.raises(RunError, match="^input \"guidance_scale_2\": found 3.0, accepted by 'wan': 0, since it has one expert$"):
+        loaded(wan.wan21).guide_low_noise(3.0)
 
 
 # -- the time grid ------------------------------------------------------------------------------------------------------

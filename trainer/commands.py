@@ -112,6 +112,7 @@ def sample(prompt: Annotated[Optional[list[str]], typer.Option(help="What to dra
            frames: Annotated[int, typer.Option(min=1, help="Of a video; 1 draws pictures.")] = 1,
            steps: Annotated[int, typer.Option(min=1)] = 28, guidance_scale: Annotated[float, typer.Option(min=0.0)] = 3.5,
            seed: Annotated[int, typer.Option(min=0)] = 0, count: Annotated[int, typer.Option(min=1, help="Samples of each prompt.")] = 1,
+           guidance_scale_2: Annotated[float, typer.Option(min=0.0, help="Of Wan 2.2 A14B's expert of low noise; 0 takes the other's.")] = 0.0,
            dtype: str = "float32", output: Output = Path("output"), models: Models = None, extra_model_paths: ExtraModelPaths = None,
            input: Input = None, debug: Debug = False) -> None:
     """Draws with a policy, and with a LoRA, by the model's own pipeline."""
@@ -124,7 +125,7 @@ def sample(prompt: Annotated[Optional[list[str]], typer.Option(help="What to dra
         host, _ = make_host(Options(output, input, models, extra_model_paths))
         with use(host):
             for path in draw_and_save(Wanted(tuple(prompt or ()), prompts, policy, lora, width, height, frames, steps, guidance_scale,
-                                             seed, count, dtype)):
+                                             seed, count, dtype, guidance_scale_2)):
                 print(host.output_folder / path)
 
 

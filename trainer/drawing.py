@@ -25,6 +25,7 @@ class Wanted:
     seed: int
     count: int
     dtype: str
+    guidance_scale_2: float = 0.0
 
 
 def draw_and_save(wanted: Wanted) -> list[str]:
@@ -41,7 +42,7 @@ def draw_and_save(wanted: Wanted) -> list[str]:
         raise WorkflowError("found no prompt, accepted: --prompt TEXT or --prompts FILE")
     if wanted.lora is not None and not wanted.lora.is_file():
         raise WorkflowError(f"--lora: found {wanted.lora}, which is not a file")
-    policy, size = policies.load(wanted.policy, wanted.dtype), Size(wanted.height, wanted.width, wanted.frames)
+    policy, size = policies.load(wanted.policy, wanted.dtype, guidance_scale_2=wanted.guidance_scale_2), Size(wanted.height, wanted.width, wanted.frames)
     try:
         policy.latent_shape(size)
     except ValueError as error:

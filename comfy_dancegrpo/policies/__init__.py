@@ -133,8 +133,11 @@ def _numbers(version: str) -> tuple[int, ...]:
     return tuple(map(int, version.split(".")[:2]))
 
 
-def load(name: str, dtype: str = "float32", parts: Parts = Parts(), prompt_cache: str = "memory") -> Policy:
-    """Loads a policy's weights, frozen, onto this process's device. Raises `RunError` where `problem` names one."""
+def load(name: str, dtype: str = "float32", parts: Parts = Parts(), prompt_cache: str = "memory", guidance_scale_2: float = 0.0) -> Policy:
+    """Loads a policy's weights, frozen, onto this process's device. Raises `RunError` where `problem` names one.
+
+    guidance_scale_2: of a second expert, that of low noise (Wan 2.2 A14B); 0 takes that of the first.
+    """
     if line := problem(name, parts):
         raise RunError(line)
     path, given = find(name), parts.files()
@@ -155,4 +158,6 @@ def load(name: str, dtype: str = "float32", parts: Parts = Parts(), prompt_cache
                     components = {component: single_file.separate(path, component, file, of) for component, file in given.items()}
         policy = _class(*_family(folders[0])).load(name, folders[0], dtype, **components)
     policy.sources, policy.prompt_cache = (path, folders[0], *given.values()), prompt_cache
+    if guidance_scale_2:
+        policy.guide_low_noise(guidance_scale_2)
     return policy

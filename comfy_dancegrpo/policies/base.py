@@ -197,12 +197,20 @@ class Policy(abc.ABC):
         if not self.guided(plan):
             return positive
         negative = self.denoise(latents, timesteps, conditioning.negative, plan).to(latents.dtype)
-        return self.guide(positive, negative, plan.guidance_scale)  # in float32: the difference of two half-precision outputs is all rounding
+        return self.guide(positive, negative, self.guidance_of(timesteps, plan))  # in float32: the difference of two half-precision outputs is all rounding
 
     def guided(self, plan: SamplingPlan) -> bool:
         return self.classifier_free and plan.guidance_scale > 1
 
-    def guide(self, positive: Tensor, negative: Tensor, scale: float) -> Tensor:
+    def guidance_of(self, timesteps: Tensor, plan: SamplingPlan) -> float | Tensor:
+        """The scale at timesteps [B]: one, or [B, 1, ...]."""
+        return plan.guidance_scale
+
+    def guide_low_noise(self, scale: float) -> None:
+        """Gives a second expert, that of low noise, a guidance of its own. Raises `RunError` where there is none."""
+        raise RunError(f'input "guidance_scale_2": found {scale}, accepted by {self.name!r}: 0, since it has one expert')
+
+    def guide(self, positive: Tensor, negative: Tensor, scale: float | Tensor) -> Tensor:
         """Classifier-free guidance (arXiv 2207.12598, in the form of diffusers: scale 1 is none)."""
         return negative + scale * (positive - negative)
 

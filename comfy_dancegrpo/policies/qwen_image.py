@@ -62,7 +62,7 @@ class QwenImage(Policy):
         # the mask also where it is all ones: kernels round differently without one
         return self._velocity(latents, timesteps, tensors["embeds"], tensors["mask"], [self._patches(plan.size.height, plan.size.width)])
 
-    def guide(self, positive: Tensor, negative: Tensor, scale: float) -> Tensor:
+    def guide(self, positive: Tensor, negative: Tensor, scale: float | Tensor) -> Tensor:
         combined = super().guide(positive, negative, scale)
         return combined * (positive.norm(dim=-1, keepdim=True) / combined.norm(dim=-1, keepdim=True))
 

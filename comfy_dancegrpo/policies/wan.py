@@ -3,7 +3,7 @@
 `WanPipeline`: text to video with Wan 2.1 (1.3B, 14B), with both experts of Wan 2.2 A14B, and with Wan 2.2 TI2V-5B, which takes a
 first frame too. `WanImageToVideoPipeline`: a picture as the first frame, with Wan 2.1 I2V (and its CLIP vision encoder) and Wan 2.2.
 Published settings: 480x832 or 720x1280 in 81 frames (TI2V-5B 704x1280 in 121), 50 steps, shift 3 or 5, guidance 5; DanceGRPO
-trained Wan 2.1 at 512x512 in one frame, 20 steps, guidance 5.
+trained Wan 2.1 at 512x512 in one frame, 20 steps, guidance 5. Wan 2.2 A14B: 40 steps, guidance 4, and 3 for its expert of low noise.
 """
 
 from __future__ import annotations
@@ -37,8 +37,17 @@ class Wan(Policy):
         super().__init__(name, pipeline, dtype)
         ratio, steps = pipeline.config.boundary_ratio, pipeline.scheduler.config.num_train_timesteps
         self.boundary = None if ratio is None else ratio * steps
+        self.low_noise_guidance: float | None = None  # None: that of the other expert
         if self.boundary is not None and (pipeline.transformer is None or pipeline.transformer_2 is None):
             raise RunError(f"the policy {name!r} names a boundary between two experts, and has one; accepted: both, transformer and transformer_2")
+
+    def guide_low_noise(self, scale: float) -> None:
+        if self.boundary is None:
+            super().guide_low_noise(scale)
+        self.low_noise_guidance = scale
+
+    def pipeline_options(self) -> dict:
+        return {} if self.low_noise_guidance is None else {"guidance_scale_2": self.low_noise_guidance}
 
     @property
     def denoisers(self) -> dict[str, torch.nn.Module]:
@@ -106,6 +115,12 @@ class Wan(Policy):
             return self._velocity(self.pipeline.transformer if high.all() else self.pipeline.transformer_2, latents, timesteps, tensors, plan)
         both = [self._velocity(expert, latents, timesteps, tensors, plan) for expert in (self.pipeline.transformer, self.pipeline.transformer_2)]
         return torch.where(high.view(-1, 1, 1, 1, 1), *both)
+
+    def guidance_of(self, timesteps: Tensor, plan: SamplingPlan) -> float | Tensor:
+        if self.low_noise_guidance is None:
+            return plan.guidance_scale
+        scales = torch.where(timesteps >= self.boundary, plan.guidance_scale, self.low_noise_guidance)
+        return scales.to(torch.float32).view(-1, 1, 1, 1, 1)
 
     def _velocity(self, expert: torch.nn.Module, latents: Tensor, timesteps: Tensor, tensors: dict[str, Tensor], plan: SamplingPlan) -> Tensor:
         if not self.pipeline.config.expand_timesteps:
