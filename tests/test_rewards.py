@@ -6,6 +6,7 @@ from dataclasses import astuple
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from transformers import CLIPModel, PreTrainedTokenizerFast
 
 from comfy_dancegrpo import rewards
@@ -70,6 +71,15 @@ def test_shapes_agreement():
     turned = some[1:] + some[:1]
     expected = [np.mean([x == y for x, y in zip(astuple(a), astuple(b))]) for a, b in zip(some, turned)]
     np.testing.assert_allclose(reward(pictures, [a.caption for a in turned]), expected, atol=1e-6)
+
+
+def test_jpeg_size_is_that_of_the_file_on_disk(tmp_path):
+    flat = torch.full((64, 64, 3), 0.5)
+    found = rewards.load("jpeg_size")([*PICTURES[:2], flat, PICTURES[0] + 0.4 / 255, torch.rand(33, 50, 3) * 3 - 1], ["any"] * 5)
+    for name, picture in zip("abc", (PICTURES[0], PICTURES[1], flat)):
+        Image.fromarray(np.rint(picture.numpy() * 255).astype(np.uint8)).save(tmp_path / f"{name}.jpg", quality=95)
+    np.testing.assert_allclose(found[:3], [(tmp_path / f"{name}.jpg").stat().st_size / 1000 for name in "abc"], rtol=1e-6)
+    assert found[2] < found[0] == found[3]
 
 
 def constant(*values, form=torch.tensor):

@@ -11,6 +11,7 @@ from .places import EMBEDDED, PUBLISHED, available_bases, available_models, sour
 
 REWARDS: dict[str, Kind] = {
     "clip_score": Kind("clip_score", model_type="clip"),
+    "jpeg_size": Kind("jpeg_size"),
     "shapes_agreement": Kind("shapes_agreement"),
 }
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import CLIPModel, CLIPTokenizerFast
 
+from ..pixels import to_bytes
 from .base import Source
 
 try:  # without torchvision, newer transformers has the Pillow processor under this name; older ones had no other
@@ -32,7 +33,7 @@ class ClipScore(torch.nn.Module):
     def forward(self, pictures: Tensor, prompts: Sequence[str]) -> Tensor:
         device, length = self.model.device, self.model.config.text_config.max_position_embeddings
         # as a saved picture would score: the Pillow processor resizes in 8 bits, and would cut floats down to them
-        rounded = [(p.clamp(0, 1) * 255).round().byte().cpu().numpy() for p in pictures]
+        rounded = [to_bytes(p) for p in pictures]
         pixels = self.processor(rounded, return_tensors="pt", input_data_format="channels_last")
         tokens = self.tokenizer(list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt")
         output = self.model(input_ids=tokens.input_ids.to(device), pixel_values=pixels.pixel_values.to(device))

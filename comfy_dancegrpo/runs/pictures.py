@@ -11,14 +11,10 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from ..pixels import to_bytes
 from .evaluate import Evaluation
 
 PAPER, INK, FAINT, GOOD, BAD = (255, 255, 255), (30, 30, 30), (120, 120, 120), (20, 130, 60), (190, 40, 40)
-
-
-def to_bytes(pictures: Tensor) -> np.ndarray:
-    """Of any shape in 0..1 to 8 bits."""
-    return (pictures.cpu().float().numpy() * 255).round().clip(0, 255).astype(np.uint8)
 
 
 def to_image(picture: Tensor) -> Image.Image:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..atomic import replacing
-from .pictures import to_bytes
+from ..pixels import to_bytes
 
 
 def write(video: Tensor, path: Path, fps: float) -> None:
