@@ -1,12 +1,15 @@
 from __future__ import annotations
 
+from comfy_dancegrpo.errors import RunError
+from comfy_dancegrpo.grpo.groups import COMBINATIONS, NORMALISE_FIRST
+
 from . import wires
 
 
 class Advantage:
     TITLE = "Advantage"
     DESCRIPTION = "Turns scores into advantages: how much better a picture is than the rest of its group, in standard deviations."
-    SEARCH_ALIASES = ["grpo", "normalise"]
+    SEARCH_ALIASES = ["grpo", "normalise", "best of n"]
     CATEGORY = wires.CATEGORY
     RETURN_TYPES = (wires.ADVANTAGES,)
     RETURN_NAMES = ("advantages",)
@@ -16,11 +19,24 @@ class Advantage:
     @classmethod
     def INPUT_TYPES(cls):
         return {"required": {
-            "scores": wires.socket(wires.SCORES, "Several rewards are each normalised in their group, then weighted and summed."),
+            "scores": wires.socket(wires.SCORES, "Of one reward or several; combine says how they become one number."),
             "clamp": wires.number(5.0, 0.01, 1000.0, "Advantages are kept within plus and minus this.", 0.1),
+        }, "optional": {
+            "combine": wires.choice(list(COMBINATIONS), "Of several rewards. Normalised each in its group first, weights compare importance; summed first, units count."),
+            "best_of": wires.integer(0, 0, 4096, "Trains only so many of each group, the best and the worst halves of them; all are compared with. "
+                                                 "An even number; 0 trains all.", 2),
         }}
 
-    def compute(self, scores, clamp: float):
-        from comfy_dancegrpo.grpo.advantages import combine
+    @classmethod
+    def VALIDATE_INPUTS(cls, best_of=0):
+        if best_of is not None and (best_of < 0 or best_of % 2):
+            return f'input "best_of": found {best_of}, accepted: 0 (all), or an even number up to the size of a group'
+        return True
 
-        return (combine(scores, clamp),)
+    def compute(self, scores, clamp: float, combine: str = NORMALISE_FIRST, best_of: int = 0):
+        from comfy_dancegrpo.grpo import advantages
+
+        try:
+            return (advantages.combine(scores, clamp, combine, best_of),)
+        except ValueError as error:
+            raise RunError(str(error)) from error

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from comfy_dancegrpo.grpo.advantages import SUM_FIRST, best_and_worst, combine, group_advantages
+from comfy_dancegrpo.grpo.advantages import best_and_worst, combine, group_advantages
+from comfy_dancegrpo.grpo.groups import NORMALISE_FIRST, SUM_FIRST
 from comfy_dancegrpo.grpo.protocol import Column, Scores
 
 
@@ -107,7 +108,7 @@ def plainly(groups, columns, sum_first):
     return totals, flat
 
 
-@pytest.mark.parametrize("combination", ["normalise each, then sum", SUM_FIRST])
+@pytest.mark.parametrize("combination", [NORMALISE_FIRST, SUM_FIRST])
 @pytest.mark.parametrize("weights", [(1.0, 1.0), (0.3, -2.0), (1.0, 0.0)])
 def test_two_rewards_of_groups_of_any_size_and_order(combination, weights):
     source = np.random.default_rng(3)
@@ -183,7 +184,7 @@ def test_what_does_not_fit_a_group_is_refused(count):
 
 # -- what is refused ------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("combination", ["normalise each, then sum", SUM_FIRST])
+@pytest.mark.parametrize("combination", [NORMALISE_FIRST, SUM_FIRST])
 def test_a_score_that_is_no_number_is_refused(bad, combination):
     """One would make the advantages of its whole group NaN, and with them every weight of the policy."""
     with pytest.raises(ValueError, match=f"sample 2 is {bad}"):

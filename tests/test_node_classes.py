@@ -23,7 +23,8 @@ RECORDED = {
     "DanceGRPOLoadReward": ("reward model batch_size", "base frames frame_score device", "DANCEGRPO_REWARD"),
     "DanceGRPOScore": ("rollout reward weight", "images scores", "DANCEGRPO_SCORES"),
     "DanceGRPOScoresFromNumbers": ("rollout numbers name weight", "scores", "DANCEGRPO_SCORES"),
-    "DanceGRPOAdvantage": ("scores clamp", "", "DANCEGRPO_ADVANTAGES"),
+    "DanceGRPOAdjustScores": ("scores operation threshold low high column", "", "DANCEGRPO_SCORES"),
+    "DanceGRPOAdvantage": ("scores clamp", "combine best_of", "DANCEGRPO_ADVANTAGES"),
     "DanceGRPOSample": ("policy prompts steps guidance_scale width height frames noise_seed samples_per_prompt", "lora", "IMAGE"),
     "DanceGRPOUpdate": ("policy advantages clip_range train_fraction optimizer_steps max_grad_norm", "", "DANCEGRPO_UPDATE"),
     "DanceGRPOLoopEnd": ("update", "", "DANCEGRPO_LORA DANCEGRPO_RUN"),
@@ -57,10 +58,12 @@ CHOICES = {
     "DanceGRPOLoopStart.schedule": {"constant", "inverse_sqrt"},
     "DanceGRPOGroupSample.transition": {"dance_sde", "ddim"},
     "DanceGRPOGroupSample.initial_noise": {"shared", "independent"},
-    "DanceGRPOLoadReward.reward": {"clip_score", "shapes_agreement"},
+    "DanceGRPOLoadReward.reward": {"clip_score", "jpeg_size", "shapes_agreement"},
     "DanceGRPOLoadReward.model": {"embedded"},
     "DanceGRPOLoadReward.base": {"published"},
     "DanceGRPOLoadReward.frame_score": {"mean", "worst"},
+    "DanceGRPOAdjustScores.operation": {"threshold", "rank", "clip", "negate"},
+    "DanceGRPOAdvantage.combine": {"normalise each, then sum", "sum, then normalise"},
 }
 ENGINE_BUILT = {"DanceGRPOLoopStart", "DanceGRPOLoopRunner"}  # called by the loop, with what it made
 

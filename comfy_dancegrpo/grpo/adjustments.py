@@ -1,11 +1,16 @@
-"""What may be done to a reward's scores before they become advantages: one equation each, on [N] float32, giving the same."""
+"""What may be done to a reward's scores before they become advantages: one equation each, on [N] float32, giving the same.
+
+Imports no torch: a node asks `bounds_problem` before anything is loaded.
+"""
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from .groups import members
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def threshold(values: Tensor, least: float) -> Tensor:
@@ -19,9 +24,14 @@ def clip(values: Tensor, low: float, high: float) -> Tensor:
     Raises:
         ValueError: low is not below high.
     """
-    if not low < high:
-        raise ValueError(f'input "high": found {high:g}, accepted: above "low" ({low:g})')
+    if problem := bounds_problem(low, high):
+        raise ValueError(problem)
     return values.clamp(low, high)
+
+
+def bounds_problem(low: float, high: float) -> str | None:
+    """Why `clip` would raise, in one line; None when it would not."""
+    return None if low < high else f'input "high": found {high:g}, accepted: above "low" ({low:g})'
 
 
 def rank(values: Tensor, groups: Tensor) -> Tensor:
@@ -32,7 +42,7 @@ def rank(values: Tensor, groups: Tensor) -> Tensor:
     Args:
         values: [N] scores. groups: [N] int64 in 0..P-1, each group with at least two members.
     """
-    ranks = torch.empty_like(values)
+    ranks = values.new_empty(len(values))
     for rows in members(groups):
         member = values[rows]
         below = (member[:, None] > member).sum(1)

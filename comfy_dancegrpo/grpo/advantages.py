@@ -5,10 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .groups import members
+from .groups import NORMALISE_FIRST, SUM_FIRST, members
 from .protocol import Advantages, Scores
-
-NORMALISE_FIRST, SUM_FIRST = COMBINATIONS = ("normalise each, then sum", "sum, then normalise")
 
 
 def group_advantages(values: Tensor, groups: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,10 +1,14 @@
-"""The groups of a rollout's samples."""
+"""The groups of a rollout's samples, and the ways in which several rewards are combined in them. Imports no torch: nodes name the ways."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
+
+NORMALISE_FIRST, SUM_FIRST = COMBINATIONS = ("normalise each, then sum", "sum, then normalise")
 
 
 def members(groups: Tensor) -> Iterator[Tensor]:
