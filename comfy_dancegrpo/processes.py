@@ -1,23 +1,59 @@
-"""Which process this is, and its device; wraps accelerate, and nothing else knows how many processes there are."""
+"""Which process this is, its device, and what processes tell each other; wraps accelerate, and nothing else knows how many there are.
+
+Every process executes the same graph. Collectives are called by all of them, in the same order; with one process they cost nothing.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from .errors import WorkflowError
+from .errors import DanceGRPOError, RunError
 from .workflow.host import host
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+T = TypeVar("T")
+_BUCKET = 2**25  # numbers in one reduction: few calls, and no second copy of a whole model
 
 
 @functools.cache
 def _state():
-    from accelerate import PartialState
+    import datetime
+    import os
 
-    state = PartialState()
-    if state.num_processes > 1:
-        raise WorkflowError(f"{state.num_processes} processes were started; this version trains in one process")
-    return state
+    from accelerate import PartialState
+    from accelerate.utils import parse_flag_from_env
+
+    # whoever waits is not the one that hangs: the launcher watches for that, and a rollout may take an hour
+    timeout = {"timeout": datetime.timedelta(hours=12)} if int(os.environ.get("WORLD_SIZE", 1)) > 1 else {}
+    # without being told, accelerate overlooks the other processes where there is no GPU
+    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not _accelerated(), **timeout)
+
+
+def _accelerated() -> bool:
+    import torch
+
+    return torch.accelerator.is_available() if hasattr(torch, "accelerator") else torch.cuda.is_available()
+
+
+def count() -> int:
+    """How many processes there are. A host with a device of its own (ComfyUI) is alone."""
+    return 1 if host().device() is not None else _state().num_processes
+
+
+def rank() -> int:
+    """This process's number, from 0."""
+    return 0 if host().device() is not None else _state().process_index
+
+
+def is_first() -> bool:
+    """Whether this process is the one that reads the workflow, writes files and shows progress."""
+    return rank() == 0
 
 
 def device():
@@ -32,3 +68,137 @@ def outside_inference_mode() -> Iterator[None]:
 
     with torch.inference_mode(False), torch.no_grad():
         yield
+
+
+def end() -> None:
+    """Leaves the group of processes, where there is one."""
+    import torch.distributed
+
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+# -- shares of the work -------------------------------------------------------------------------------------------------------
+def share(items: list[T]) -> list[T]:
+    """This process's part of a list that all have alike: every `count()`-th, from its own number on."""
+    return items[rank()::count()]
+
+
+# -- collectives --------------------------------------------------------------------------------------------------------------
+def broadcast(value: T) -> T:
+    """The first process's value, in all of them (pickled between our own processes)."""
+    if count() == 1:
+        return value
+    import torch.distributed as dist
+
+    box = [value if is_first() else None]
+    dist.broadcast_object_list(box, 0, device=_wire())
+    return box[0]
+
+
+def on_first(make: Callable[[], T], told: bool = True) -> T | None:
+    """`make()`, called in the first process alone; all get its value, or with told=False None, and all raise its error.
+
+    An error of this library keeps its class and words in the others; any other becomes a `RunError` there.
+    """
+    if count() == 1:
+        return make()
+    value, error = None, None
+    if is_first():
+        try:
+            value = make()
+        except BaseException as raised:  # the others wait, whatever it is
+            error = raised
+    outcome = broadcast((None, value if told else None) if error is None else (_sendable(error), None))
+    if error is not None:
+        raise error
+    if outcome[0] is not None:
+        raise outcome[0]
+    return value if is_first() else outcome[1]
+
+
+def _sendable(error: BaseException) -> BaseException:
+    if isinstance(error, (DanceGRPOError, KeyboardInterrupt)):
+        return error.with_traceback(None)
+    return RunError(f"{type(error).__name__}: {' '.join(str(error).split())}")
+
+
+def sum_over_all(tensors: Iterable[Tensor]) -> None:
+    """Adds up each tensor over all processes, in place. All have the same tensors, in the same order."""
+    if count() == 1:
+        return
+    import torch
+    import torch.distributed as dist
+
+    for bucket in _buckets(tensors):
+        flat = torch.cat([tensor.reshape(-1) for tensor in bucket])
+        on_wire = flat.to(_wire()) if _wire().type != "cpu" or flat.device.type != "cpu" else flat
+        dist.all_reduce(on_wire)
+        for tensor, total in zip(bucket, on_wire.to(flat.device).split([tensor.numel() for tensor in bucket])):
+            tensor.copy_(total.view_as(tensor))
+
+
+def _buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+    """Runs of tensors of one dtype and device, about `_BUCKET` numbers each."""
+    bucket: list[Tensor] = []
+    for tensor in tensors:
+        other = bucket and (tensor.dtype, tensor.device) != (bucket[0].dtype, bucket[0].device)
+        if bucket and (other or sum(t.numel() for t in bucket) + tensor.numel() > _BUCKET):
+            yield bucket
+            bucket = []
+        bucket.append(tensor)
+    if bucket:
+        yield bucket
+
+
+def gathered(rows: Tensor, places: Tensor, total: int) -> Tensor:
+    """[total, ...] on the CPU, in every process: its row `places[k]` is some process's `rows[k]`. Each place is held by one process.
+
+    Processes may hold different numbers of rows, also none, and then tell neither their shape nor their dtype.
+    """
+    if count() == 1:
+        return _placed([(rows, places)], total)
+    import torch
+    import torch.distributed as dist
+
+    shapes = [None] * count()
+    dist.all_gather_object(shapes, (tuple(rows.shape), rows.dtype))
+    (shape, dtype), most = next((s for s in shapes if s[0][0]), shapes[0]), max(shape[0] for shape, _ in shapes)
+    padded = torch.zeros((most, *shape[1:]), dtype=dtype, device=_wire())
+    if len(rows):
+        padded[: len(rows)] = rows.to(_wire())
+    where = torch.full((most,), -1, dtype=torch.int64, device=_wire())
+    where[: len(rows)] = places.to(_wire())
+    every = [torch.empty_like(padded) for _ in shapes], [torch.empty_like(where) for _ in shapes]
+    dist.all_gather(every[0], padded), dist.all_gather(every[1], where)
+    return _placed([(part[: s[0][0]].cpu(), at[: s[0][0]].cpu()) for part, at, s in zip(*every, shapes)], total)
+
+
+def _placed(parts: list[tuple[Tensor, Tensor]], total: int) -> Tensor:
+    import torch
+
+    first = next((rows for rows, _ in parts if len(rows)), parts[0][0])
+    out = torch.empty((total, *first.shape[1:]), dtype=first.dtype)
+    for rows, places in parts:
+        if len(rows):
+            out[places.cpu()] = rows.cpu()
+    return out
+
+
+def all_of(value: T) -> list[T]:
+    """The value of each process, in their order (pickled between our own processes)."""
+    if count() == 1:
+        return [value]
+    import torch.distributed as dist
+
+    values: list[Any] = [None] * count()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def _wire() -> torch.device:
+    """Where tensors must be to travel: NCCL takes those of its GPU alone."""
+    import torch
+    import torch.distributed as dist
+
+    return torch.device("cpu") if "gloo" in dist.get_backend() else device()

@@ -1,0 +1,60 @@
+"""What processes tell each other, tried with one, two and three of them on gloo."""
+
+import pytest
+import torch
+from spmd import in_processes
+
+from comfy_dancegrpo import processes
+from comfy_dancegrpo.errors import DanceGRPOError, RunError, WorkflowError
+
+
+def collectives():
+    rank, count = processes.rank(), processes.count()
+    mine = processes.share(list(range(7)))
+    rows = torch.tensor([[place, place * 10.0] for place in mine]).view(len(mine), 2) if mine else torch.zeros(0)
+    few = processes.share([0, 1])  # the third of three has none
+    tensors = [torch.full((3,), rank + 1.0), torch.full((2, 2), 10.0 * (rank + 1)), torch.full((5,), rank + 1.0, dtype=torch.float64)]
+    processes.sum_over_all(tensors)
+    return {
+        "count": count, "rank": rank, "mine": mine, "broadcast": processes.broadcast({"of": rank}), "all": processes.all_of(rank),
+        "gathered": processes.gathered(rows, torch.tensor(mine), 7),
+        "few": processes.gathered(torch.tensor([float(p) for p in few]), torch.tensor(few, dtype=torch.int64), 2),
+        "sums": tensors, "first": processes.on_first(lambda: rank), "untold": processes.on_first(lambda: "mine", told=False),
+        "errors": [caught(kind) for kind in ("run", "workflow", "other", "key")],
+    }
+
+
+def caught(kind):
+    def fail():
+        raise {"run": RunError("no reward").at('node 3 "Score"'), "workflow": WorkflowError("one", "two"), "other": ValueError("a\nb"),
+               "key": KeyboardInterrupt()}[kind]
+
+    try:
+        processes.on_first(fail)
+    except BaseException as error:
+        return type(error).__name__, str(error), getattr(error, "problems", None)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_collectives(count, tmp_path):
+    every = in_processes(count, collectives, tmp_path)
+    assert [found["rank"] for found in every] == list(range(count)) and {found["count"] for found in every} == {count}
+    assert sorted(sum((found["mine"] for found in every), [])) == list(range(7))
+    for found in every:
+        assert found["broadcast"] == {"of": 0} and found["all"] == list(range(count)) and found["first"] == 0
+        assert torch.equal(found["gathered"], torch.tensor([[p, p * 10.0] for p in range(7)]))
+        assert torch.equal(found["few"], torch.tensor([0.0, 1.0]))
+        total = sum(range(1, count + 1))
+        assert [t.unique().tolist() for t in found["sums"]] == [[total], [10 * total], [total]]
+        assert [t.shape for t in found["sums"]] == [(3,), (2, 2), (5,)] and found["sums"][2].dtype == torch.float64
+        assert found["untold"] == ("mine" if found["rank"] == 0 else None)
+        run, workflow, other, key = found["errors"]
+        assert run == ("RunError", 'node 3 "Score": no reward', None) and workflow == ("WorkflowError", "one\ntwo", ["one", "two"])
+        assert other == (("ValueError", "a\nb", None) if found["rank"] == 0 else ("RunError", "ValueError: a b", None))
+        assert key[0] == "KeyboardInterrupt"
+
+
+def test_an_error_that_came_from_the_first_process_is_of_this_library():
+    assert issubclass(RunError, DanceGRPOError)
+    with pytest.raises(ValueError):
+        processes.on_first(lambda: int("x"))
