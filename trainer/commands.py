@@ -31,6 +31,8 @@ Set = Annotated[Optional[list[str]], typer.Option("--set", metavar="NODE.INPUT=V
                                                        help="Changes a widget; NODE is a title or an id. Repeatable.")]
 Iterations = Annotated[Optional[int], typer.Option(help="How many iterations the loop runs.", show_default=False)]
 Seed = Annotated[Optional[int], typer.Option(help="The run's seed.", show_default=False)]
+AllowHost = Annotated[Optional[list[str]], typer.Option("--allow-host", metavar="HOST[:PORT]", show_default=False,
+                                                        help="Lets the workflow's rewards call this host, besides those of your settings. Repeatable.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Shows the traceback of a fault.")]
 
 
@@ -44,11 +46,11 @@ def _program(version: Annotated[bool, typer.Option("--version", help="Shows the 
 @app.command()
 def run(workflow: Workflow, output: Output = Path("output"), models: Models = None, extra_model_paths: ExtraModelPaths = None,
         input: Input = None, comfyui: ComfyUI = None, run: Run = None, set_: Set = None, iterations: Iterations = None,
-        seed: Seed = None, debug: Debug = False) -> None:
+        seed: Seed = None, allow_host: AllowHost = None, debug: Debug = False) -> None:
     """Runs a workflow: checks it whole, then trains."""
     from .session import Options, prepare, resume_command
 
-    options = Options(output, input, models, extra_model_paths, comfyui, run, iterations, seed, set_ or [])
+    options = Options(output, input, models, extra_model_paths, comfyui, run, iterations, seed, set_ or [], allow_host or [])
     host = None
 
     def resume() -> str:
@@ -68,13 +70,14 @@ def run(workflow: Workflow, output: Output = Path("output"), models: Models = No
 @app.command()
 def validate(workflow: Workflow, output: Output = Path("output"), models: Models = None, extra_model_paths: ExtraModelPaths = None,
              input: Input = None, comfyui: ComfyUI = None, run: Run = None, set_: Set = None, iterations: Iterations = None,
-             seed: Seed = None, memory: Annotated[bool, typer.Option("--memory", help="Estimates what training will need of memory.")] = False,
+             seed: Seed = None, allow_host: AllowHost = None,
+             memory: Annotated[bool, typer.Option("--memory", help="Estimates what training will need of memory.")] = False,
              debug: Debug = False) -> None:
     """Checks a workflow as run does, and loads nothing."""
     from .session import Options, prepare
 
     with _reported(debug):
-        host = prepare(workflow, Options(output, input, models, extra_model_paths, comfyui, run, iterations, seed, set_ or []))
+        host = prepare(workflow, Options(output, input, models, extra_model_paths, comfyui, run, iterations, seed, set_ or [], allow_host or []))
         print(f"{workflow}: {len(host.prompt)} nodes, no problems found")
         if memory:
             from comfy_dancegrpo.workflow.host import use

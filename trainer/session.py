@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from comfy_dancegrpo.addresses import Place
 from comfy_dancegrpo.errors import WorkflowError
 from comfy_dancegrpo.workflow.host import use
 
@@ -32,6 +33,7 @@ class Options:
     iterations: int | None = None
     seed: int | None = None
     overrides: list[str] = field(default_factory=list)
+    allow_host: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ class Nodes:
 
 
 def make_host(options: Options, kind: type[HostT] = ConsoleHost) -> tuple[HostT, Nodes]:
-    """A host of this kind and its nodes. Raises WorkflowError for a paths file or a ComfyUI folder that is not one."""
+    """A host of this kind and its nodes. Raises WorkflowError for a paths file, a ComfyUI folder or an allowed host that is not one."""
     root = options.comfyui
     paths = ModelPaths(options.models or (root / "models" if root else Path("models")))
     input = options.input or (root / "input" if root else Path("input"))
@@ -58,7 +60,17 @@ def make_host(options: Options, kind: type[HostT] = ConsoleHost) -> tuple[HostT,
         if file is not None and (file is options.extra_model_paths or file.is_file()):
             paths.read(file)
     nodes = _collect(options, input, paths)
-    return kind(nodes.registry, options.output, input, paths, nodes.lent), nodes
+    host = kind(nodes.registry, options.output, input, paths, nodes.lent)
+    host.allowed_hosts = tuple(map(_checked_host, options.allow_host))
+    return host, nodes
+
+
+def _checked_host(text: str) -> str:
+    try:
+        Place.parse(text)
+    except ValueError as error:
+        raise WorkflowError(f"--allow-host: {error}") from None
+    return text
 
 
 def _collect(options: Options, input: Path, paths: ModelPaths) -> Nodes:
@@ -124,8 +136,8 @@ def resume_command(host: ConsoleHost, workflow: Path, options: Options) -> str:
         value = getattr(options, option)
         if value is not None:
             words += ["--" + option.replace("_", "-"), str(value)]
-    for override in options.overrides:
-        words += ["--set", override]
+    for option, values in (("--allow-host", options.allow_host), ("--set", options.overrides)):
+        words += [word for value in values for word in (option, value)]
     for start in loop_starts(host.prompt, host.registry):
         if host.prompt[start]["inputs"].get("on_existing", "resume") != "resume":
             words += ["--set", f"{start}.on_existing=resume"]

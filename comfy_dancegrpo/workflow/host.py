@@ -42,7 +42,8 @@ class Host:
 
     `registry` maps a node's class type to its class, as ComfyUI's NODE_CLASS_MAPPINGS does. `workflow_source` and `prompt` are
     the workflow as given (its JSON, in bytes) and as executed, where known; `run_folder` is where a run writes, once it started;
-    `preview_folder` is where previews go that a page fetches as files of type "temp", on a host that has pages.
+    `preview_folder` is where previews go that a page fetches as files of type "temp", on a host that has pages; `allowed_hosts`
+    are those that rewards may call besides the ones of the user's settings.
     """
 
     def __init__(self, registry: dict[str, type] | None = None, output: Path | str = "output", input: Path | str = "input",
@@ -55,6 +56,7 @@ class Host:
         self.prompt: dict[str, dict] = {}
         self.run_folder: Path | None = None
         self.preview_folder: Path | None = None
+        self.allowed_hosts: tuple[str, ...] = ()
 
     def model_folders(self, kind: str) -> list[Path]:
         """The folders searched for models of a kind ("diffusers", "checkpoints", "reward_models", "loras"), best first."""
