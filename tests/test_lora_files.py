@@ -123,7 +123,7 @@ WRONG = {
     "half of a pair": (lambda t: t.pop(B), f"damaged: lora_A and lora_B of {FIRST} do not belong together"),
     "two ranks in a pair": (lambda t: t.update({B: t[B][:, :3]}), f"damaged: lora_A and lora_B of {FIRST} do not belong together"),
     "no matrix": (lambda t: t.update({A: t[A][0]}), f"damaged: lora_A and lora_B of {FIRST} do not belong together"),
-    "nothing": (lambda t: t.clear(), "holds no LoRA of this program"),
+    "nothing": (lambda t: t.clear(), "holds no LoRA: it has no tensors"),
 }
 
 
@@ -134,9 +134,16 @@ def test_what_does_not_fit_is_refused_in_one_line(what, policy, file):
     assert not getattr(policy.denoiser, "_hf_peft_config_loaded", False)  # no adapter is left behind
 
 
-@pytest.mark.parametrize("header", [None, {"format": "pt"}, {**HEADER, "dancegrpo.iterations": "many"}])
-def test_a_file_that_others_made_is_refused_since_its_strength_is_not_known(header, policy, file):
-    refused(file(header=header), policy, "holds no LoRA of this program, accepted: a file that Save LoRA wrote")
+@pytest.mark.parametrize("header", [None, {"format": "pt"}])
+def test_a_file_without_our_header_is_loaded_as_one_of_others(header, policy, file):
+    loaded = files.load(file(header=header), policy)
+    assert (loaded.policy, loaded.iterations, loaded.averaged) == (policy.name, 0, False)
+    assert loaded.digest() == files.load(file(), policy).digest()
+
+
+@pytest.mark.parametrize("header", [{**HEADER, "dancegrpo.iterations": "many"}, {"dancegrpo.policy": "embedded"}])
+def test_a_header_of_ours_that_is_not_whole_is_refused(header, policy, file):
+    refused(file(header=header), policy, "is damaged: its header is not as Save LoRA writes it")
 
 
 @pytest.mark.parametrize("data", [lambda data: data[:-100], lambda data: data[:20], lambda data: b"", lambda data: b"PK\x03\x04 a pickle"])

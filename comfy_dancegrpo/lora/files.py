@@ -15,11 +15,14 @@ from ..atomic import replacing
 from ..errors import RunError
 from ..policies.base import Policy
 from ..workflow.host import host
+from . import families, foreign
 from .adapter import Adapter, LoraSettings, LoraSnapshot
 from .layouts import layout
+from .layouts.wan import LOW
 
 _MATRICES = (".lora_A.weight", ".lora_B.weight")
 _HEADER = "dancegrpo."
+_EXPERT = re.compile(r"(?:^|[^a-zA-Z])(high|low)(?=[^a-zA-Z]|noise|$)", re.IGNORECASE)  # in the names of files
 
 
 def contents(snapshot: LoraSnapshot) -> dict[str, dict[str, Tensor]]:
@@ -56,22 +59,19 @@ def _write(tensors: dict[str, Tensor], snapshot: LoraSnapshot, path: Path, metad
 
 
 def load(path: Path, policy: Policy) -> LoraSnapshot:
-    """A file that `save` wrote, as an adapter on the smallest of the policy's `lora_targets` that holds all of the file's modules.
+    """A file that `save` wrote, or one of others in any of the names that `foreign` reads, as an adapter on the smallest of the policy's
+    `lora_targets` that holds all of the file's modules.
 
-    Of a model with two experts either of the two files stands for both.
+    Of a model with two experts either of two files stands for both; one file of others, whose name tells neither high nor low, is for both.
     A module of that choice that the file lacks gets zeros, and so does what a module's lower rank leaves free. alpha is the rank, since the
-    file has it folded into lora_B. The prompts that it was trained on and the run's folder are not in the file.
+    file has it folded into lora_B, or it is done here. The prompts that it was trained on and the run's folder are not in the file.
 
     Raises:
-        RunError: it is no such file, or is damaged, or has weights that find no place in the denoiser.
+        RunError: it holds no LoRA, or is damaged, or has weights that find no place in the denoiser.
     """
-    parts, header = _parts(path, policy)
-    names = layout(policy.lora_layout)
-    try:
-        parts = {suffix: names.from_file({key: value.float() for key, value in stored.items()}) for suffix, stored in parts.items()}
-    except KeyError as error:
-        raise _unfit(path, f"there is no place for {error.args[0]!r}") from None
-    found = names.join(parts) if hasattr(names, "join") else parts[""]
+    stored, header = read(path)
+    told = _ours(path, header)
+    found = _own(path, stored, told, policy) if told else _others(path, stored, header, policy)
     targets, known = _targets({_module(name) for name in found}, policy)
     if lost := sorted(name for name in found if not name.endswith(_MATRICES) or _module(name) not in known):
         raise _unfit(path, f"there is no place for {lost[0]!r}")
@@ -83,13 +83,43 @@ def load(path: Path, policy: Policy) -> LoraSnapshot:
     settings = LoraSettings(rank, float(rank), targets)
     with processes.outside_inference_mode():
         tensors = {name: _placed(path, name, found.get(name), shape) for name, shape in _shapes(policy, settings).items()}
-    return LoraSnapshot(tensors, settings, header["policy"], policy.lora_layout, int(header["iterations"]), header["averaged"] == "true", None,
-                        source=path)
+    return LoraSnapshot(tensors, settings, told.get("policy", policy.name), policy.lora_layout, int(told.get("iterations", 0)),
+                        told.get("averaged") == "true", None, source=path)
 
 
-def _parts(path: Path, policy: Policy) -> tuple[dict[str, dict[str, Tensor]], dict[str, str]]:
-    """The weights of the file and of those that `save` wrote with it, by what their names end in, and the file's header as `_read` gives it."""
-    stored, header = _read(path)
+def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """A file's tensors and metadata. Raises `RunError` where it is damaged, or empty."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            stored, header = {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise RunError(f"{path} is damaged, or is no safetensors file: {' '.join(str(error).split())}") from error
+    if not stored:
+        raise RunError(f"{path} holds no LoRA: it has no tensors")
+    return stored, header
+
+
+def _ours(path: Path, header: dict[str, str]) -> dict[str, str]:
+    """What `save` wrote in a header, without "dancegrpo."; nothing of a file of others."""
+    told = {key.removeprefix(_HEADER): value for key, value in header.items() if key.startswith(_HEADER)}
+    if told and (not {"policy", "averaged"} <= told.keys() or not told.get("iterations", "").isdecimal()):
+        raise RunError(f"the LoRA in {path} is damaged: its header is not as Save LoRA writes it")
+    return told
+
+
+def _own(path: Path, stored: dict[str, Tensor], told: dict[str, str], policy: Policy) -> dict[str, Tensor]:
+    """The weights of a file that `save` wrote, and of the other that it wrote with it, in diffusers' names."""
+    parts = _parts(path, stored, told, policy)
+    names = layout(policy.lora_layout)
+    try:
+        parts = {suffix: names.from_file({key: value.float() for key, value in stored.items()}) for suffix, stored in parts.items()}
+    except KeyError as error:
+        raise _unfit(path, f"there is no place for {error.args[0]!r}") from None
+    return names.join(parts) if hasattr(names, "join") else parts[""]
+
+
+def _parts(path: Path, stored: dict[str, Tensor], header: dict[str, str], policy: Policy) -> dict[str, dict[str, Tensor]]:
+    """The weights of the file and of those that `save` wrote with it, by what their names end in."""
     suffixes = layout(policy.lora_layout).SUFFIXES if len(policy.denoisers) > 1 else ("",)
     expert = header.get("expert", "")
     own = f"_{expert}" if expert else ""
@@ -102,23 +132,40 @@ def _parts(path: Path, policy: Policy) -> tuple[dict[str, dict[str, Tensor]], di
             ends = " and ".join(suffix + path.suffix for suffix in suffixes)
             raise RunError(f"the LoRA in {path} is of the expert {expert} alone, and its other half is not at {file}; accepted: two files in one "
                            f"folder, as Save LoRA wrote them, whose names end in {ends}")
-        parts[suffix], told = (stored, header) if file == path else _read(file)
-        if file != path and {**told, "expert": expert} != header:
-            raise RunError(f"{path} and {file} were not saved together, accepted: the two that Save LoRA wrote at once")
-    return parts, header
+        parts[suffix] = stored
+        if file != path:
+            parts[suffix], other = read(file)
+            if {**_ours(file, other), "expert": expert} != header:
+                raise RunError(f"{path} and {file} were not saved together, accepted: the two that Save LoRA wrote at once")
+    return parts
 
 
-def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """A file's weights, and of its header what `save` wrote, without "dancegrpo."."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            stored, header = {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}
-    except (SafetensorError, OSError) as error:
-        raise RunError(f"{path} is damaged, or is no safetensors file: {' '.join(str(error).split())}") from error
-    told = {key.removeprefix(_HEADER): value for key, value in header.items() if key.startswith(_HEADER)}
-    if not stored or not {"policy", "averaged"} <= told.keys() or not told.get("iterations", "").isdecimal():
-        raise RunError(f"{path} holds no LoRA of this program, accepted: a file that Save LoRA wrote")
-    return stored, told
+def _others(path: Path, stored: dict[str, Tensor], header: dict[str, str], policy: Policy) -> dict[str, Tensor]:
+    """The weights of a file that others made, in diffusers' names. Says what of it is left out."""
+    family = families.of_pipeline(policy.pipeline_class.__name__)
+    lora = foreign.of_file(path, stored, header)
+    found = foreign.as_family(path, lora, family)
+    if len(policy.denoisers) == 1 or any(name.startswith(LOW) for name in found):
+        return found
+    return _experts(path, found, family)
+
+
+def _experts(path: Path, found: dict[str, Tensor], family: families.Family) -> dict[str, Tensor]:
+    """For both experts: of the file and of the one beside it whose name says high for low or low for high; without either word for both alike."""
+    match = _EXPERT.search(path.stem)
+    if not match:
+        host().say(f"{path.name} is for one model, and the policy has two experts: it is taken for both; a file whose name says high or low is for that one alone")
+        return found | {LOW + name: value for name, value in found.items()}
+    said = match[1]
+    other = {"high": "low", "low": "high"}[said.lower()]
+    beside = path.with_name(path.stem[:match.start(1)] + (other.upper() if said.isupper() else other.title() if said[0].isupper() else other)
+                            + path.stem[match.end(1):] + path.suffix)
+    parts = {said.lower(): found}
+    if beside.is_file():
+        parts[other] = foreign.as_family(beside, foreign.of_file(beside, *read(beside)), family)
+    else:
+        host().say(f"{path.name} is for the expert of {said.lower()} noise, and {beside.name} is not beside it: the other expert is left as it is")
+    return parts.get("high", {}) | {LOW + name: value for name, value in parts.get("low", {}).items()}
 
 
 def _unfit(path: Path, why: str) -> RunError:

@@ -14,6 +14,7 @@ import importlib
 from types import ModuleType
 
 LAYOUTS = ("diffusers", "hunyuan_video", "ltx", "kohya", "wan")
+READ_ONLY = ("sd3",)
 
 
 def layout(name: str) -> ModuleType:
@@ -21,3 +22,8 @@ def layout(name: str) -> ModuleType:
     if name not in LAYOUTS:
         raise KeyError(name)
     return importlib.import_module(f".{name}", __name__)
+
+
+def reader(name: str) -> ModuleType:
+    """A module with `from_file`: a layout, or a model's own names that no file of ours has."""
+    return importlib.import_module(f".{name}", __name__) if name in READ_ONLY else layout(name)

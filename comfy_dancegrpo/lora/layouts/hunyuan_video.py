@@ -11,6 +11,8 @@ import re
 import torch
 from torch import Tensor
 
+from . import fused
+
 BLOCKS = {"double_blocks": "transformer_blocks", "single_blocks": "single_transformer_blocks"}
 LAYERS = {  # by the model's own name, the layers of diffusers that are its rows, in order
     "double_blocks": {
@@ -23,9 +25,7 @@ LAYERS = {  # by the model's own name, the layers of diffusers that are its rows
         "linear1": ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"), "linear2": ("proj_out",), "modulation.linear": ("norm.linear",),
     },
 }
-A, B = ".lora_A.weight", ".lora_B.weight"
 _OURS = re.compile(rf"({'|'.join(BLOCKS.values())})\.(\d+)\.(.+)\.lora_([AB])\.weight")
-_FILE = re.compile(rf"(?:transformer|diffusion_model)\.({'|'.join(BLOCKS)})\.(\d+)\.(.+)\.lora_([AB])\.weight")
 
 
 def to_file(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -44,30 +44,4 @@ def to_file(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def from_file(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Also of files that others trained, whose fused layers have one A for all their parts."""
-    found = {}
-    for key in tensors:
-        match = _FILE.fullmatch(key)
-        if not match or match[3] not in LAYERS[match[1]]:
-            raise KeyError(key)
-        if match[4] == "A":
-            parts = LAYERS[match[1]][match[3]]
-            split = _split(tensors[key], tensors[key.removesuffix(A) + B], len(parts))
-            for part, (a, b) in zip(parts, split):
-                module = f"{BLOCKS[match[1]]}.{match[2]}.{part}"
-                found |= {module + A: a, module + B: b}
-    return found
-
-
-def _split(a: Tensor, b: Tensor, count: int) -> list[tuple[Tensor, Tensor]]:
-    """A and B of each of `count` parts: of the three projections of the attention, each as wide as the input, and of what is left."""
-    if count == 1:
-        return [(a, b)]
-    width = a.shape[1]
-    rows = b.split([width] * 3 + [len(b) - 3 * width] * (count - 3))
-    if a.shape[0] % count == 0:
-        ranks = a.split(len(a) // count)
-        blocks = [row.split(len(a) // count, 1)[i] for i, row in enumerate(rows)]
-        if torch.equal(torch.block_diag(*blocks), b):
-            return list(zip(ranks, blocks))
-    return [(a, row) for row in rows]
+    return fused.from_file(tensors, BLOCKS, LAYERS)
