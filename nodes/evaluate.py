@@ -43,7 +43,7 @@ class Evaluate:
                             samples_per_prompt, batch_size, frames)
         host().load(policy)
         found = evaluate.evaluate(policy, lora, settings)
-        host().say(f"Evaluate: without the LoRA, and with {'its moving average' if lora.averaged else 'it'} after {lora.iterations} iterations")
+        host().say(f"Evaluate: the base, and with the {lora.kind}{' (moving average)' if lora.averaged else ''} after {lora.iterations} iterations")
         if lora.folder is not None:  # one that was loaded from a file is of no run here
             RunFolder(lora.folder).add_evaluations(
                 str(unique_id), {comparison.reward: comparison.summary() for comparison in found.comparisons}, prompt or {})

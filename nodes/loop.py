@@ -6,6 +6,7 @@ from comfy_dancegrpo import processes
 from comfy_dancegrpo.errors import RunError
 from comfy_dancegrpo.grpo import optimizers
 from comfy_dancegrpo.grpo.schedules import SCHEDULES
+from comfy_dancegrpo.lora import ALL_WEIGHTS
 from comfy_dancegrpo.runs.folder import MAY_CHANGE, ON_EXISTING, name_problem
 from comfy_dancegrpo.workflow import loop
 from comfy_dancegrpo.workflow.host import host
@@ -42,8 +43,9 @@ class LoopStart:
             "weight_decay": wires.number(1e-4, 0.0, 1.0, "AdamW's.", 1e-4),
             "lora_rank": wires.integer(16, 1, 1024, "Width of the LoRA."),
             "lora_alpha": wires.number(16.0, 0.01, 4096.0, "The LoRA's update is scaled by alpha / rank.", 1.0),
-            "lora_targets": wires.choice(LORA_TARGETS, "Which layers of the denoiser's blocks take a LoRA. modulation: those by which text and time "
-                                         "scale and shift; few weights, so they learn from few samples.", LORA_TARGETS[1]),
+            "lora_targets": wires.choice([*LORA_TARGETS, ALL_WEIGHTS], "Which layers of the denoiser's blocks take a LoRA. modulation: those by which text "
+                                         "and time scale and shift; few weights, so they learn from few samples. all weights: full fine-tuning; rank and "
+                                         "alpha are then without effect.", LORA_TARGETS[1]),
             "ema_decay": wires.number(0.0, 0.0, 0.99999, "Of the LoRA's moving average, once an optimizer step; it is what is saved and "
                                                          "evaluated. 0 turns it off.", 0.001),
             "micro_batch": wires.integer(4, 1, 4096, "Samples in every denoiser call, in rollout and training. Lower it when memory runs out; "
@@ -147,9 +149,9 @@ class LoopRunner:
     def _settings(policy, prompts, learning_rate, weight_decay, ema_decay, lora_rank, lora_alpha, lora_targets, warmup=0,
                   schedule="constant", lora=None, optimizer="adamw", **rest):
         from comfy_dancegrpo.grpo.learner import OptimizerSettings
-        from comfy_dancegrpo.lora.adapter import LoraSettings
+        from comfy_dancegrpo.lora import full
         from comfy_dancegrpo.runs.session import LoopSettings
 
         wanted = OptimizerSettings(learning_rate=learning_rate, weight_decay=weight_decay, ema_decay=ema_decay, warmup=warmup,
                                       schedule=schedule, name=optimizer)
-        return policy, prompts, LoopSettings(lora=LoraSettings(lora_rank, lora_alpha, lora_targets), optimizer=wanted, start_from=lora, **rest)
+        return policy, prompts, LoopSettings(lora=full.settings(lora_rank, lora_alpha, lora_targets), optimizer=wanted, start_from=lora, **rest)

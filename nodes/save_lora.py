@@ -11,7 +11,8 @@ SUFFIX = ".safetensors"
 
 class SaveLora:
     TITLE = "Save LoRA"
-    DESCRIPTION = "Writes the LoRA as one file that ComfyUI's LoRA loader and diffusers' load_lora_weights both take, at full strength."
+    DESCRIPTION = "Writes the LoRA as one file that ComfyUI's LoRA loader and diffusers' load_lora_weights both take, at full strength; " \
+                  "of a full fine-tuning the weights."
     SEARCH_ALIASES = ["export", "safetensors"]
     CATEGORY = wires.CATEGORY
     RETURN_TYPES = ()
@@ -37,5 +38,5 @@ class SaveLora:
         name = checked_name(filename.removesuffix(SUFFIX) or lora.folder.name, "filename")
         path = lora.folder / "lora" / f"{name}{SUFFIX}"
         paths = [str(written) for written in files.save(lora, path)]
-        host().say(f"LoRA{' (moving average)' if lora.averaged else ''} after {lora.iterations} iterations: {' and '.join(paths)}")
+        host().say(f"{lora.kind}{' (moving average)' if lora.averaged else ''} after {lora.iterations} iterations: {' and '.join(paths)}")
         return {"ui": {"text": paths}}

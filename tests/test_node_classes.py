@@ -52,7 +52,7 @@ CHOICES = {
     "DanceGRPOLoadPolicy.policy": {"embedded"},
     "DanceGRPOLoadPolicy.prompt_cache": {"memory", "disk"},
     "DanceGRPOLoadPolicy.dtype": {"float32", "bfloat16", "float16"},
-    "DanceGRPOLoopStart.lora_targets": {"attention", "attention and feed-forward", "all linear layers", "modulation"},
+    "DanceGRPOLoopStart.lora_targets": {"attention", "attention and feed-forward", "all linear layers", "modulation", "all weights (no LoRA)"},
     "DanceGRPOLoopStart.optimizer": {"adamw", "adamw_8bit", "paged_adamw_8bit", "adafactor", "prodigy"},
     "DanceGRPOLoopStart.on_existing": {"new", "resume", "restart"},
     "DanceGRPOLoopStart.schedule": {"constant", "inverse_sqrt"},

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -31,12 +33,16 @@ class OptimizerSettings:
 
 
 class Learner:
-    """Holds the live policy. `version` (run, count of iterations trained) tells which rollouts are its own."""
+    """Holds the live policy. `version` (run, count of iterations trained) tells which rollouts are its own.
 
-    def __init__(self, policy: Denoiser, parameters: dict[str, torch.nn.Parameter], settings: OptimizerSettings, run: str):
+    written: called whenever the values of `parameters` have changed, where they are masters of what the policy computes with.
+    """
+
+    def __init__(self, policy: Denoiser, parameters: dict[str, torch.nn.Parameter], settings: OptimizerSettings, run: str,
+                 written: Callable[[], None] = lambda: None):
         if not parameters:
             raise ValueError("there is nothing to train: no parameter was given")
-        self.policy, self.parameters, self.settings = policy, parameters, settings
+        self.policy, self.parameters, self.settings, self._written = policy, parameters, settings, written
         self.version = (run, 0)
         self.optimizer = optimizers.make(settings.name, parameters.values(), settings)
         self.ema = {name: p.detach().clone() for name, p in parameters.items()} if settings.ema_decay else None
@@ -58,6 +64,7 @@ class Learner:
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate
         self.optimizer.step()
+        self._written()
         self.zero_grad()
         if self.ema is not None:
             for name, p in self.parameters.items():
@@ -72,23 +79,44 @@ class Learner:
         source = self.ema if averaged and self.ema is not None else self.parameters
         return {name: value.detach().float().cpu().clone() for name, value in source.items()}
 
+    @contextlib.contextmanager
+    def holding(self, weights: dict[str, Tensor]) -> Iterator[None]:
+        """The policy with these values of `parameters` while the block runs; and then with its own, bit for bit."""
+        own = {name: p.detach().clone() for name, p in self.parameters.items()}
+        try:
+            self._put(weights)
+            yield
+        finally:
+            self._put(own)
+
+    @torch.no_grad()
+    def _put(self, weights: dict[str, Tensor]) -> None:
+        for name, p in self.parameters.items():
+            p.copy_(weights[name])
+        self._written()
+
     # -- checkpoints ------------------------------------------------------------------------------------------------
     def state(self) -> dict[str, Tensor]:
         """Everything that the next iteration depends on, as one flat dictionary of tensors."""
-        tensors = {f"parameters.{name}": p.detach().cpu().clone() for name, p in self.parameters.items()}
+        tensors = {f"parameters.{name}": p.detach().to("cpu", copy=True) for name, p in self.parameters.items()}
         for name, value in (self.ema or {}).items():
-            tensors[f"ema.{name}"] = value.cpu().clone()
+            tensors[f"ema.{name}"] = value.to("cpu", copy=True)
         groups = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.state_dict()["param_groups"]]
         numbers: dict[str, dict] = {}  # what an optimizer keeps beside tensors, such as a count of its steps
         for name, p in self.parameters.items():
             for key, value in self.optimizer.state.get(p, {}).items():
                 if isinstance(value, Tensor):
-                    tensors[f"{_SLOT}{key}.{name}"] = value.detach().cpu().clone()
+                    tensors[f"{_SLOT}{key}.{name}"] = value.detach().to("cpu", copy=True)
                 else:
                     numbers.setdefault(name, {})[key] = value
         tensors[_REST] = _packed({"groups": groups, "numbers": numbers})
         tensors["version"] = torch.tensor(self.version[1])
         return tensors
+
+    def result(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What a state is saved and evaluated as, by parameter, float32: the moving average where it is on."""
+        prefix = "ema." if self.ema is not None else "parameters."
+        return {name.removeprefix(prefix): value.float() for name, value in state.items() if name.startswith(prefix)}
 
     @torch.no_grad()
     def load_state(self, tensors: dict[str, Tensor]) -> None:
@@ -111,6 +139,7 @@ class Learner:
             p.copy_(tensors[f"parameters.{name}"])
             if self.ema is not None:
                 self.ema[name].copy_(tensors[f"ema.{name}"])
+        self._written()
         self.version = (self.version[0], int(tensors["version"]))
 
 

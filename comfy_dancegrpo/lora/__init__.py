@@ -8,6 +8,7 @@ from ..errors import RunError
 from ..workflow.host import host, inside
 
 SUFFIX = ".safetensors"
+ALL_WEIGHTS = "all weights (no LoRA)"  # in the place of a choice of `lora_targets`: full fine-tuning
 
 
 def available() -> list[str]:

@@ -1,4 +1,4 @@
-"""Adapters on a denoiser, through peft."""
+"""Adapters on a denoiser, through peft; what trains all its weights has the same methods (`lora.full`)."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from torch import Tensor
 from .. import processes
 from ..grpo.noise import generator
 from ..policies.base import Policy
+from . import ALL_WEIGHTS
 
 _names = (f"dancegrpo_{i}" for i in itertools.count())
 
@@ -28,9 +29,16 @@ class LoraSettings:
     alpha: float = 16.0
     targets: str = "attention and feed-forward"
 
-    def of_rank(self, rank: int) -> LoraSettings:
-        """As strong, of another rank."""
+    def starting_from(self, snapshot) -> LoraSettings:
+        """With room for another LoRA, as strong. Raises `ValueError` for what is none."""
+        if not isinstance(snapshot, LoraSnapshot):
+            raise ValueError(f"a LoRA on {self.targets!r} cannot start from weights of a full fine-tuning, accepted: a LoRA; or \"lora_targets\" "
+                             f"{ALL_WEIGHTS!r}, or those weights as the policy")
+        rank = max(self.rank, snapshot.widest)
         return replace(self, rank=rank, alpha=self.alpha * rank / self.rank)
+
+    def attach(self, policy: Policy, seed: int = 0) -> Adapter:
+        return Adapter(policy, self, seed)
 
 
 @dataclass(frozen=True)
@@ -51,6 +59,7 @@ class LoraSnapshot:
     folder: Path | None
     prompts: tuple[str, ...] = field(default=(), repr=False)
     source: Path | None = None
+    kind = "LoRA"  # what it is called in a line
 
     def digest(self) -> str:
         """sha256 over the weights and how strong they are."""
@@ -63,6 +72,17 @@ class LoraSnapshot:
     def widest(self) -> int:
         """The largest rank of its modules."""
         return max((len(value) for name, value in self.tensors.items() if ".lora_A." in name), default=1)
+
+    @contextlib.contextmanager
+    def on(self, policy: Policy) -> Iterator[None]:
+        """The policy with this LoRA, while the block runs. Raises `ValueError` when it is of another policy."""
+        with _base_weights(policy):
+            adapter = Adapter(policy, self.settings)
+            try:
+                adapter.load(self.tensors)
+                yield
+            finally:
+                adapter.remove()
 
 
 class Adapter:
@@ -131,6 +151,13 @@ class Adapter:
                 ours[:len(a)] = a
                 theirs[:, :len(a)] = b * strength
 
+    def written(self) -> None:
+        """Nothing: `parameters` are what the denoiser computes with."""
+
+    def snapshot(self, tensors: dict[str, Tensor], iterations: int, averaged: bool, folder: Path | None, prompts: tuple[str, ...]) -> LoraSnapshot:
+        """Of these values of `parameters`."""
+        return LoraSnapshot(tensors, self.settings, self.policy.name, self.policy.lora_layout, iterations, averaged, folder, prompts)
+
     def remove(self) -> None:
         """Takes the adapter off; the denoiser is then as it was before it was attached."""
         for module in self.policy.denoisers.values():
@@ -145,25 +172,25 @@ def _attached(module: torch.nn.Module) -> bool:
     return getattr(module, "_hf_peft_config_loaded", False)
 
 
+def _base_weights(policy: Policy) -> contextlib.AbstractContextManager:
+    """The base model's own, while the block runs, also where all weights are in training."""
+    return contextlib.nullcontext() if policy.full is None else policy.full.aside()
+
+
 @contextlib.contextmanager
 def bare(policy: Policy) -> Iterator[None]:
-    """The base model alone, while the block runs, also where an adapter is attached (in the middle of a loop)."""
+    """The base model alone, while the block runs, also in the middle of a loop."""
     attached = [module for module in policy.denoisers.values() if _attached(module)]
     for module in attached:
         module.disable_adapters()
     try:
-        yield
+        with _base_weights(policy):
+            yield
     finally:
         for module in attached:
             module.enable_adapters()
 
 
-@contextlib.contextmanager
-def applied(policy: Policy, snapshot: LoraSnapshot) -> Iterator[None]:
-    """The policy with the snapshot's LoRA, while the block runs. Raises `ValueError` when it is of another policy."""
-    adapter = Adapter(policy, snapshot.settings)
-    try:
-        adapter.load(snapshot.tensors)
-        yield
-    finally:
-        adapter.remove()
+def applied(policy: Policy, snapshot) -> contextlib.AbstractContextManager:
+    """The policy with the snapshot's LoRA, or with all its weights, while the block runs. Raises `ValueError` when it is of another policy."""
+    return snapshot.on(policy)

@@ -17,6 +17,7 @@ from ..policies.base import Policy
 from ..workflow.host import host
 from . import families, foreign
 from .adapter import Adapter, LoraSettings, LoraSnapshot
+from .full import FullSnapshot
 from .layouts import layout
 from .layouts.wan import LOW
 
@@ -39,23 +40,30 @@ def contents(snapshot: LoraSnapshot) -> dict[str, dict[str, Tensor]]:
     return {suffix: {name: value.contiguous() for name, value in names.to_file(part).items()} for suffix, part in parts.items()}
 
 
-def save(snapshot: LoraSnapshot, path: Path, metadata: dict[str, str] | None = None) -> list[Path]:
-    """Writes `contents(snapshot)` to the path, or of several files to paths beside it; tells the host, and returns them."""
+def save(snapshot: LoraSnapshot | FullSnapshot, path: Path, metadata: dict[str, str] | None = None) -> list[Path]:
+    """Writes `contents(snapshot)` to the path, or of several files to paths beside it; tells the host, and returns them.
+
+    Of a full fine-tuning: the denoisers' weights, in a folder of that name in the layout of diffusers.
+    """
+    if isinstance(snapshot, FullSnapshot):
+        return snapshot.save(path.with_suffix(""), _header(snapshot, path.stem) | (metadata or {}))
     return [_write(part, snapshot, path.with_name(path.stem + suffix + path.suffix), {"dancegrpo.expert": suffix.strip("_")} | (metadata or {}))
             for suffix, part in contents(snapshot).items()]
 
 
 def _write(tensors: dict[str, Tensor], snapshot: LoraSnapshot, path: Path, metadata: dict[str, str]) -> Path:
-    header = {
-        "format": "pt", "modelspec.sai_model_spec": "1.0.0", "modelspec.title": path.stem,
-        "dancegrpo.policy": snapshot.policy, "dancegrpo.iterations": str(snapshot.iterations),
-        "dancegrpo.averaged": str(snapshot.averaged).lower(), "dancegrpo.rank": str(snapshot.settings.rank),
-        "dancegrpo.alpha": str(snapshot.settings.alpha), **metadata,
-    }
+    strength = {"dancegrpo.rank": str(snapshot.settings.rank), "dancegrpo.alpha": str(snapshot.settings.alpha)}
     with replacing(path) as beside:
-        save_file(tensors, beside, metadata=header)
+        save_file(tensors, beside, metadata=_header(snapshot, path.stem) | strength | metadata)
     host().lora_saved(path)
     return path
+
+
+def _header(snapshot: LoraSnapshot | FullSnapshot, title: str) -> dict[str, str]:
+    return {
+        "format": "pt", "modelspec.sai_model_spec": "1.0.0", "modelspec.title": title, "dancegrpo.policy": snapshot.policy,
+        "dancegrpo.iterations": str(snapshot.iterations), "dancegrpo.averaged": str(snapshot.averaged).lower(),
+    }
 
 
 def load(path: Path, policy: Policy) -> LoraSnapshot:

@@ -44,6 +44,7 @@ class Policy(abc.ABC):
     needs_picture = False
     sources: tuple[Path, ...] = ()  # the folders and files that it was loaded from
     prompt_cache = "memory"
+    full = None  # lora.full.FullWeights, while all weights are in training
 
     def __init__(self, name: str, pipeline, dtype: torch.dtype):
         self.name, self.pipeline, self.dtype = name, pipeline, dtype

@@ -17,7 +17,8 @@ from ..grpo.noise import generator
 from ..grpo.protocol import Conditioning, Size
 from ..grpo.update import UpdateStats
 from ..lora import files
-from ..lora.adapter import Adapter, LoraSettings, LoraSnapshot
+from ..lora.adapter import LoraSettings, LoraSnapshot
+from ..lora.full import FullSettings, FullSnapshot
 from ..policies.base import Policy
 from ..prompts import PromptList
 from ..workflow.host import host
@@ -31,7 +32,7 @@ ENCODED_AHEAD = 16  # iterations whose prompts are encoded together, on an accel
 @dataclass(frozen=True)
 class LoopSettings:
     """What Loop Start asks. checkpoint_every: iterations; 0 writes one at the end alone. micro_batch: samples in every
-    denoiser call of the run (DESIGN: one batch shape). start_from: a LoRA whose weights the new one begins with."""
+    denoiser call of the run (DESIGN: one batch shape). lora: what is trained. start_from: a LoRA, or weights, that it begins with."""
 
     run_name: str = "run"
     iterations: int = 60
@@ -40,9 +41,9 @@ class LoopSettings:
     micro_batch: int = 16
     checkpoint_every: int = 20
     on_existing: str = "new"
-    lora: LoraSettings = LoraSettings()
+    lora: LoraSettings | FullSettings = LoraSettings()
     optimizer: OptimizerSettings = OptimizerSettings()
-    start_from: LoraSnapshot | None = field(default=None, repr=False)
+    start_from: LoraSnapshot | FullSnapshot | None = field(default=None, repr=False)
     gradient_checkpointing: bool = False
 
 
@@ -80,13 +81,13 @@ def prompts_of(iteration: int, prompts: tuple[str, ...], count: int, seed: int) 
 
 
 class Session:
-    """One run, outside inference mode. Use as a context: on leaving, the adapter comes off, and what was trained is kept on disk."""
+    """One run, outside inference mode. Use as a context: on leaving, the base is as it was, and what was trained is kept on disk."""
 
     def __init__(self, policy: Policy, prompts: PromptList, settings: LoopSettings, fingerprint: str, node_id: str = ""):
         if not prompts.prompts:
             raise RunError("there are no prompts to train on")
         if settings.start_from is not None:
-            settings = replace(settings, lora=settings.lora.of_rank(max(settings.lora.rank, settings.start_from.widest)))
+            settings = replace(settings, lora=settings.lora.starting_from(settings.start_from))
         self.policy, self.prompts, self.settings, self._node_id = policy, prompts, settings, node_id
         self._fingerprint, self._done, self._saved, self._start = fingerprint, 0, -1, 0.0
         self._seconds: deque[float] = deque(maxlen=20)  # of the last iterations
@@ -101,13 +102,13 @@ class Session:
             undo.callback(self._let_go)
             self._keep_source()
             host().load(self.policy)
-            self.adapter = Adapter(self.policy, settings.lora, settings.seed)
-            undo.callback(self.adapter.remove)
+            self.trained = settings.lora.attach(self.policy, settings.seed)
+            undo.callback(self.trained.remove)
             if settings.start_from is not None:
-                self.adapter.start_from(settings.start_from)
+                self.trained.start_from(settings.start_from)
             undo.callback(self.policy.checkpoint_gradients, False)
             self.policy.checkpoint_gradients(settings.gradient_checkpointing)
-            learner = Learner(self.policy, self.adapter.parameters, settings.optimizer, run=self.folder.name)
+            learner = Learner(self.policy, self.trained.parameters, settings.optimizer, self.folder.name, self.trained.written)
             self.live = LivePolicy(self.policy, learner, settings, self.prompts.prompts)
             if self.action == "start":
                 self.folder.create(self._fingerprint, settings.micro_batch)
@@ -211,20 +212,19 @@ class Session:
             self._saved = self._done
         self.folder.write_record(state=state, iterations=self._done, fingerprint=self._fingerprint)
 
-    def snapshot(self) -> LoraSnapshot:
-        """The adapter after the last whole iteration: its moving average where that is on."""
+    def snapshot(self) -> LoraSnapshot | FullSnapshot:
+        """What was trained, after the last whole iteration: its moving average where that is on."""
         averaged = self.live.learner.ema is not None
         prefix = "ema." if averaged else "parameters."
         tensors = {name.removeprefix(prefix): value.float() for name, value in self._state.items() if name.startswith(prefix)}
-        return LoraSnapshot(tensors, self.settings.lora, self.policy.name, self.policy.lora_layout, self._done, averaged,
-                            self.folder.path, self.prompts.prompts)
+        return self.trained.snapshot(tensors, self._done, averaged, self.folder.path, self.prompts.prompts)
 
     def record(self) -> RunRecord:
         return RunRecord(self.folder.path, tuple(metrics.read(self.folder.metrics)))
 
     def __exit__(self, kind, error, trace) -> None:
         self.policy.checkpoint_gradients(False)
-        self.adapter.remove()
+        self.trained.remove()
         try:
             if kind is not None or not self.finished:
                 self._keep(broken_off=kind is not None)
@@ -251,5 +251,6 @@ class Session:
         kept = f"checkpoint in {self.folder.checkpoints}"
         if broken_off:
             path = self.folder.lora / f"{self.folder.name}.safetensors"
-            kept += f", LoRA so far in {' and '.join(map(str, files.save(self.snapshot(), path)))}"
+            found = self.snapshot()
+            kept += f", {found.kind} so far in {' and '.join(map(str, files.save(found, path)))}"
         host().say(f'stopped after iteration {self._done}: {kept}; Loop Start\'s "on_existing" resume goes on from there')
