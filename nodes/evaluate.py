@@ -3,7 +3,7 @@ from __future__ import annotations
 from comfy_dancegrpo.workflow.host import host
 
 from . import wires
-from .held_out import SAMPLING, held_out
+from .held_out import SAMPLING, held_out, tell_of_seen
 
 
 class Evaluate:
@@ -37,8 +37,7 @@ class Evaluate:
         from comfy_dancegrpo.runs import evaluate, pictures
         from comfy_dancegrpo.runs.folder import RunFolder
 
-        if seen := len(set(prompts.prompts) & set(lora.prompts)):
-            host().say(f"Evaluate: {seen} of its {len(prompts.prompts)} prompts were trained on; its figures flatter the LoRA")
+        tell_of_seen("Evaluate", prompts, lora.prompts)
         settings = held_out(policy, prompts, (reward, reward_2, reward_3), steps, shift, guidance_scale, width, height, noise_seed,
                             samples_per_prompt, batch_size, frames)
         host().load(policy)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from comfy_dancegrpo.errors import RunError
+from comfy_dancegrpo.workflow.host import host
 
 from . import wires
 
@@ -16,6 +17,12 @@ SAMPLING = {
     "samples_per_prompt": wires.integer(1, 1, 64, "Noises for each prompt; its score is their mean."),
     "batch_size": wires.integer(4, 1, 4096, "Samples in every denoiser call."),
 }
+
+
+def tell_of_seen(title: str, prompts, trained) -> None:
+    """Says how many of the prompts were trained on."""
+    if seen := len(set(prompts.prompts) & set(trained)):
+        host().say(f"{title}: {seen} of its {len(prompts.prompts)} prompts were trained on; its figures flatter the LoRA")
 
 
 def held_out(policy, prompts, rewards, steps, shift, guidance_scale, width, height, noise_seed, samples_per_prompt, batch_size, frames=1):

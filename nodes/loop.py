@@ -11,10 +11,11 @@ from comfy_dancegrpo.runs.folder import MAY_CHANGE, ON_EXISTING, name_problem
 from comfy_dancegrpo.workflow import loop
 from comfy_dancegrpo.workflow.host import host
 
-from . import wires
+from . import watch, wires
 
 LORA_TARGETS = ["attention", "attention and feed-forward", "all linear layers", "modulation"]  # every family has these
-NOT_IN_FINGERPRINT = {("DanceGRPOLoadPolicy", "prompt_cache"), *(("DanceGRPOLoopStart", name) for name in MAY_CHANGE)}
+NOT_IN_FINGERPRINT = {("DanceGRPOLoadPolicy", "prompt_cache"), *(("DanceGRPOLoopStart", name) for name in MAY_CHANGE),
+                      *(("DanceGRPOWatch", name) for name in watch.RULE)}
 
 
 class LoopStart:
@@ -132,12 +133,14 @@ class LoopRunner:
         told = loop.fingerprint(prompt[0], body, NOT_IN_FINGERPRINT, host().registry), prompts.prompts  # a prompt file may change in place
         if pictures := [p.picture.digest() for p in prompts.prompts if getattr(p, "picture", None)]:  # and so may its pictures
             told += (pictures,)
+        rule, watched = watch.rule_of(runner)
+        told += watched  # prompts of another file
         if settings.start_from is not None:  # and so may a LoRA's
             told += (settings.start_from.digest(),)
         fingerprint = hashlib.sha256(repr(told).encode()).hexdigest()
         try:
             # ComfyUI runs nodes under inference mode; in the body only those that are not ours return to it (host.around)
-            with processes.outside_inference_mode(), Session(policy, prompts, settings, fingerprint, body.end_id) as session:
+            with processes.outside_inference_mode(), Session(policy, prompts, settings, fingerprint, body.end_id, rule) as session:
                 while not session.ended:
                     session.end(runner.step(session.begin())["update"])
                 found = session.snapshot(), session.record()

@@ -32,6 +32,9 @@ RECORDED = {
     "DanceGRPOEvaluate": (
         "policy lora prompts reward steps shift guidance_scale width height noise_seed samples_per_prompt batch_size grid_columns grid_rows",
         "reward_2 reward_3 frames", "IMAGE FLOAT STRING"),
+    "DanceGRPOWatch": (
+        "policy update prompts reward every max_drop patience below steps shift guidance_scale width height noise_seed samples_per_prompt batch_size",
+        "reward_2 max_drop_2 reward_3 max_drop_3 frames", ""),
     "DanceGRPOPlotMetrics": ("run width height", "", "IMAGE"),
     "DanceGRPOSaveLora": ("lora filename", "", ""),
     "DanceGRPOSaveVideo": ("images fps filename_prefix", "", ""),
@@ -56,9 +59,10 @@ CHOICES = {
     "DanceGRPOLoopStart.optimizer": {"adamw", "adamw_8bit", "paged_adamw_8bit", "adafactor", "prodigy"},
     "DanceGRPOLoopStart.on_existing": {"new", "resume", "restart"},
     "DanceGRPOLoopStart.schedule": {"constant", "inverse_sqrt"},
+    "DanceGRPOWatch.below": {"best", "start"},
     "DanceGRPOGroupSample.transition": {"dance_sde", "ddim"},
     "DanceGRPOGroupSample.initial_noise": {"shared", "independent"},
-    "DanceGRPOLoadReward.reward": {"clip_score", "jpeg_size", "shapes_agreement"},
+    "DanceGRPOLoadReward.reward": {"aesthetic", "clip_score", "hps_v2", "pickscore", "image_reward", "jpeg_size", "shapes_agreement"},
     "DanceGRPOLoadReward.model": {"embedded"},
     "DanceGRPOLoadReward.base": {"published"},
     "DanceGRPOLoadReward.frame_score": {"mean", "worst"},

@@ -185,6 +185,14 @@ class Policy(abc.ABC):
     def latent_shape(self, size: Size) -> tuple[int, ...]:
         """Of one sample. Raises `ValueError` when the family cannot make pictures of that size."""
 
+    def patch(self, frames: int = 1) -> int:
+        """Pixels along an edge of the smallest sample that the family makes: the period of a grid that its patches or its decoder may leave."""
+        for pixels in range(1, 129):
+            with contextlib.suppress(ValueError):
+                self.latent_shape(Size(pixels, pixels, frames))
+                return pixels
+        raise ValueError("the family makes no sample of up to 128x128 pixels")
+
     @abc.abstractmethod
     def denoise(self, latents: Tensor, timesteps: Tensor, tensors: dict[str, Tensor], plan: SamplingPlan) -> Tensor:
         """One call of the model on one side of guidance: latents [B, ...], timesteps [B], tensors with B rows; returns [B, ...].

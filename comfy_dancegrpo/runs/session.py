@@ -22,9 +22,10 @@ from ..lora.full import FullSettings, FullSnapshot
 from ..policies.base import Policy
 from ..prompts import PromptList
 from ..workflow.host import host
-from . import checkpoints, live, metrics
+from . import checkpoints, live, metrics, picture_statistics
 from .folder import claim
 from .prompt_cache import PromptCache
+from .watch import Rule, WatchLog
 
 ENCODED_AHEAD = 16  # iterations whose prompts are encoded together, on an accelerator
 
@@ -49,24 +50,26 @@ class LoopSettings:
 
 @dataclass(frozen=True)
 class RunRecord:
-    """A run as Loop End gives it: its folder and its metrics, a row an iteration."""
+    """A run as Loop End gives it: its folder and its metrics, a row an iteration; watched: a row an evaluation of Watch."""
 
     folder: Path
     rows: tuple[dict, ...] = field(repr=False)
+    watched: tuple[dict, ...] = field(default=(), repr=False)
 
 
 class LivePolicy:
-    """The policy inside a loop, the one value of the graph that changes: every Update trains it."""
+    """The policy inside a loop, the one value of the graph that changes: every Update trains it. state: the learner's, after the last whole iteration."""
 
-    def __init__(self, policy: Policy, learner: Learner, settings: LoopSettings, prompts: tuple[str, ...]):
-        self.policy, self.learner, self.settings = policy, learner, settings
+    def __init__(self, policy: Policy, learner: Learner, settings: LoopSettings, prompts: tuple[str, ...], watch: WatchLog):
+        self.policy, self.learner, self.settings, self.watch = policy, learner, settings, watch
+        self.state = learner.state()
         self.iteration = 0
-        self._prompts, self._encoded = prompts, PromptCache(policy)
+        self.prompts, self._encoded = prompts, PromptCache(policy)
 
     def encode(self, prompts: tuple[str, ...], size: Size) -> Conditioning:
         last = min(self.iteration + ENCODED_AHEAD, self.settings.iterations)
         upcoming = (prompt for iteration in range(self.iteration, last)
-                    for prompt in prompts_of(iteration, self._prompts, self.settings.prompts_per_iteration, self.settings.seed))
+                    for prompt in prompts_of(iteration, self.prompts, self.settings.prompts_per_iteration, self.settings.seed))
         return self._encoded.get(prompts, size, upcoming)
 
 
@@ -83,12 +86,13 @@ def prompts_of(iteration: int, prompts: tuple[str, ...], count: int, seed: int) 
 class Session:
     """One run, outside inference mode. Use as a context: on leaving, the base is as it was, and what was trained is kept on disk."""
 
-    def __init__(self, policy: Policy, prompts: PromptList, settings: LoopSettings, fingerprint: str, node_id: str = ""):
+    def __init__(self, policy: Policy, prompts: PromptList, settings: LoopSettings, fingerprint: str, node_id: str = "",
+                 rule: Rule | None = None):
         if not prompts.prompts:
             raise RunError("there are no prompts to train on")
         if settings.start_from is not None:
             settings = replace(settings, lora=settings.lora.starting_from(settings.start_from))
-        self.policy, self.prompts, self.settings, self._node_id = policy, prompts, settings, node_id
+        self.policy, self.prompts, self.settings, self._node_id, self._rule = policy, prompts, settings, node_id, rule
         self._fingerprint, self._done, self._saved, self._start = fingerprint, 0, -1, 0.0
         self._seconds: deque[float] = deque(maxlen=20)  # of the last iterations
         self.first_reward: float | None = None
@@ -109,12 +113,12 @@ class Session:
             undo.callback(self.policy.checkpoint_gradients, False)
             self.policy.checkpoint_gradients(settings.gradient_checkpointing)
             learner = Learner(self.policy, self.trained.parameters, settings.optimizer, self.folder.name, self.trained.written)
-            self.live = LivePolicy(self.policy, learner, settings, self.prompts.prompts)
             if self.action == "start":
                 self.folder.create(self._fingerprint, settings.micro_batch)
-            else:
-                self._load()
-            self._state = learner.state()
+            self.watch = WatchLog(self.folder, self._rule)
+            if self.action != "start":
+                self._load(learner)
+            self.live = LivePolicy(self.policy, learner, settings, self.prompts.prompts, self.watch)
             undo.pop_all()
         live.forget_stop(self.folder)
         host().run_started(self.folder.path, self._node_id)
@@ -128,7 +132,7 @@ class Session:
             raise RunError(f"run {self.folder.name!r} starts from {source}, which restarting it would delete; "
                            'choose another "run_name", or move the LoRA to the loras folder')
 
-    def _load(self) -> None:
+    def _load(self, learner: Learner) -> None:
         found = checkpoints.newest(self.folder.checkpoints)
         if found is None and self.action == "reopen":
             raise RunError(f"run {self.folder.name!r} in {self.folder.path} is finished, and its checkpoints are missing or damaged; "
@@ -136,18 +140,20 @@ class Session:
         if found is None:
             self.folder.write_running()
             host().say(f"run {self.folder.name!r} in {self.folder.path} has no checkpoint yet; it starts from the beginning")
+            self.watch.cut_after(0)
         else:
             self._done, tensors, micro_batch = found
             if micro_batch != self.settings.micro_batch:
                 host().say(f"the micro-batch size changes from {micro_batch} to {self.settings.micro_batch}: "
                            "from here on the run is not bit for bit what it would have been")
-            self.live.learner.load_state(tensors)
-            self._saved = self._done
+            learner.load_state(tensors)
+            self._saved = self.watch.saved = self._done
+            self.watch.cut_after(self._done)
             if self.finished:
                 self.folder.write_record(state="finished", iterations=self._done)  # it may have been killed before it wrote so
                 host().say(f"run {self.folder.name!r} in {self.folder.path} is finished and unchanged; nothing is trained "
                            '("on_existing" restart trains it again)')
-            else:  # also a finished run whose last checkpoint is damaged
+            elif not self.watch.verdict:  # also a finished run whose last checkpoint is damaged
                 self.folder.write_running()
                 host().say(f"run {self.folder.name!r} in {self.folder.path} goes on after iteration {self._done}")
         metrics.cut_after(self.folder.metrics, self._done)
@@ -160,8 +166,8 @@ class Session:
 
     @property
     def ended(self) -> bool:
-        """Finished, or asked by the user to end early: what comes after the loop goes on with what was trained."""
-        return self.finished or (self._done > 0 and live.stop_requested(self.folder))
+        """Finished, or to end early by the rule or because the user asked: what comes after the loop goes on with what was trained."""
+        return self.finished or (self._done > 0 and bool(self.watch.verdict or live.stop_requested(self.folder)))
 
     def begin(self) -> tuple[LivePolicy, PromptList, int]:
         """Loop Start's outputs for the next iteration."""
@@ -178,9 +184,11 @@ class Session:
             raise RunError(f"the loop's body updated the policy {self.live.learner.version[1] - self._done} times in one iteration; "
                            "accepted: once")
         row = metrics.row(self._done + 1, stats, time.perf_counter() - self._start)
+        rollout = stats.advantages.scores.rollout
+        row["pictures"] = picture_statistics.of(rollout.pictures, rollout.groups, self.policy.patch(rollout.plan.size.frames))
         metrics.append(self.folder.metrics, row)
         # both at once, after all that a full disk or a signal may break off: a checkpoint must hold the state that its number says
-        self._state, self._done = self.live.learner.state(), self._done + 1
+        self.live.state, self._done = self.live.learner.state(), self._done + 1
         every = self.settings.checkpoint_every
         if self.finished or (every and self._done % every == 0):
             self._save("finished" if self.finished else "running")
@@ -194,6 +202,8 @@ class Session:
         live.write(self.folder, self._done, self.settings.iterations, left, stats)
         host().progress(self._done, self.settings.iterations, self._line(row))
         host().run_moved(self.folder.path, self._done, self.settings.iterations)
+        if self.finished and not self.watch.verdict and (line := self.watch.better()):
+            host().say(line)
 
     def _line(self, row: dict) -> str:
         line = (f"reward {row['reward_mean']:.4f} ({row['reward_mean'] - self.first_reward:+.4f}), "
@@ -208,19 +218,21 @@ class Session:
 
     def _save(self, state: str) -> None:
         if self._saved != self._done:
-            checkpoints.save(self.folder.checkpoints, self._done, self._state, self.settings.micro_batch)
-            self._saved = self._done
-        self.folder.write_record(state=state, iterations=self._done, fingerprint=self._fingerprint)
+            checkpoints.save(self.folder.checkpoints, self._done, self.live.state, self.settings.micro_batch)
+            self._saved = self.watch.saved = self._done
+        self.folder.write_record(state=state, iterations=self._done, fingerprint=self._fingerprint, stopped_by=self.watch.verdict)
 
     def snapshot(self) -> LoraSnapshot | FullSnapshot:
-        """What was trained, after the last whole iteration: its moving average where that is on."""
-        averaged = self.live.learner.ema is not None
-        prefix = "ema." if averaged else "parameters."
-        tensors = {name.removeprefix(prefix): value.float() for name, value in self._state.items() if name.startswith(prefix)}
-        return self.trained.snapshot(tensors, self._done, averaged, self.folder.path, self.prompts.prompts)
+        """What was trained, after the last whole iteration, or after the best one where a watch reward has fallen: its moving average where that is on."""
+        state, iteration, learner = self.live.state, self._done, self.live.learner
+        if self.watch.verdict:
+            if (best := self.watch.best_state()) is not None:
+                iteration, state = best
+            host().say(f"Watch: {self.watch.verdict}; {self.watch.given(None if best is None else iteration)}")
+        return self.trained.snapshot(learner.result(state), iteration, learner.ema is not None, self.folder.path, self.prompts.prompts)
 
     def record(self) -> RunRecord:
-        return RunRecord(self.folder.path, tuple(metrics.read(self.folder.metrics)))
+        return RunRecord(self.folder.path, tuple(metrics.read(self.folder.metrics)), tuple(self.watch.rows))
 
     def __exit__(self, kind, error, trace) -> None:
         self.policy.checkpoint_gradients(False)
@@ -253,4 +265,5 @@ class Session:
             path = self.folder.lora / f"{self.folder.name}.safetensors"
             found = self.snapshot()
             kept += f", {found.kind} so far in {' and '.join(map(str, files.save(found, path)))}"
-        host().say(f'stopped after iteration {self._done}: {kept}; Loop Start\'s "on_existing" resume goes on from there')
+        how = ' and a larger "max_drop" go' if self.watch.verdict else " goes"
+        host().say(f'stopped after iteration {self._done}: {kept}; Loop Start\'s "on_existing" resume{how} on from there')

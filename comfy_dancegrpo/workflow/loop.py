@@ -1,6 +1,7 @@
 """The loop: which nodes are its body, what the body takes from outside, and running the body again and again.
 
-A Loop Start class has the attribute `LOOP_START = True`, a Loop End class `LOOP_END = True`, and Loop End declares what it takes
+A Loop Start class has the attribute `LOOP_START = True`, a Loop End class `LOOP_END = True`, a class that may stop the loop from a side branch
+`LOOP_WATCH = True`, and Loop End declares what it takes
 from the body as {"lazy": True, "rawLink": True}, so that no executor evaluates the body for it. Loop End calls `find_body`
 and returns `expand(body, ...)`: one runner node, whose links are the values from outside. The runner steps a `BodyRunner`.
 """
@@ -152,11 +153,12 @@ def fingerprint(prompt: Prompt, body: LoopBody, leave_out: Collection[tuple[str,
                 registry: Mapping[str, type] = MappingProxyType({})) -> str:
     """sha256 over all that Loop End descends from: class types, inputs and how they are linked.
 
-    Node ids, titles, the order of nodes and side branches (a preview in the body) do not matter. `leave_out` names inputs, as (class type, input name), that may
+    Node ids, titles, the order of nodes and side branches (a preview in the body) do not matter; a branch that may stop the loop does. `leave_out` names inputs, as (class type, input name), that may
     change without it being another run. An optional input at the default that its class of `registry` declares counts as one that is
     not there: older graphs lack what a node has learned since. A source in a cycle or not in the prompt raises, but validation comes first.
     """
-    ids = {body.end_id, *ancestors(prompt, [body.end_id])}
+    ends = [body.end_id, *(node_id for node_id in body.nodes if _is(prompt, node_id, registry, "LOOP_WATCH"))]
+    ids = {*ends, *ancestors(prompt, ends)}
     sources = {node_id: {source for _, source, _ in links(prompt[node_id])} for node_id in ids}
     digests: dict[str, str] = {}
     defaults = functools.cache(lambda class_type: _optional_defaults(registry.get(class_type)))
@@ -210,10 +212,28 @@ class BodyRunner:
 
         Raises RunError where a link carries several values and Loop Start is not INPUT_IS_LIST, or a blocked one.
         """
+        return self._known(self.body.start_id, self.body.nodes[self.body.start_id]["inputs"])
+
+    def watches(self, names: Collection[str]) -> list[dict[str, Any]]:
+        """Of each node that may stop the loop (`LOOP_WATCH`), the inputs of these names. Raises RunError where one comes from inside the loop."""
+        found = []
+        for node_id, node in self.body.nodes.items():
+            if getattr(self._executor.spec(self.body.nodes, node_id).cls, "LOOP_WATCH", False):
+                inputs = {name: value for name, value in node["inputs"].items() if name in names}
+                for name, value in inputs.items():
+                    if is_link(value) and (value[0], int(value[1])) not in self._outside:
+                        error = RunError(f'input "{name}": found a link from inside the loop, accepted: a value that stays the same')
+                        raise error.at(label(self._executor.original, node_id))
+                found.append(self._known(node_id, inputs))
+        return found
+
+    def _known(self, node_id: str, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Inputs of a node that are there before the loop runs, as its function would receive them."""
+        as_list = self._executor.spec(self.body.nodes, node_id).input_is_list
         inputs = {}
-        for name, value in self.body.nodes[self.body.start_id]["inputs"].items():
+        for name, value in given.items():
             values = self._outside[value[0], int(value[1])] if is_link(value) else [value]
-            inputs[name] = values if self._start.input_is_list else self._single(values, self.body.start_id, name)
+            inputs[name] = values if as_list else self._single(values, node_id, name)
         return inputs
 
     def step(self, start_outputs: tuple) -> dict[str, Any]:
