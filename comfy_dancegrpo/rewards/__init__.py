@@ -9,9 +9,18 @@ from ..errors import RunError
 from .base import FRAME_SCORES, Deferred, Kind, Reward, RewardFunction, Source, distinct, spread
 from .places import EMBEDDED, PUBLISHED, available_bases, available_models, source
 
+_VIT_H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
+
 REWARDS: dict[str, Kind] = {
-    "clip_score": Kind("clip_score", model_type="clip"),
+    "aesthetic": Kind("aesthetic", suffixes=(".pth", ".safetensors"), base="openai/clip-vit-large-patch14", base_type="clip", base_whole=True,
+                      published="sac+logos+ava1-l14-linearMSE.pth of github.com/christophschuhmann/improved-aesthetic-predictor"),
+    "clip_score": Kind("clip_score", model_type="clip", suffixes=(".bin", ".pt", ".safetensors"), base=_VIT_H, base_type="clip",
+                       published="such as openai/clip-vit-large-patch14 of huggingface.co"),
+    "hps_v2": Kind("hps_v2", suffixes=(".pt", ".safetensors"), base=_VIT_H, base_type="clip",
+                   published="HPS_v2.1_compressed.pt of huggingface.co/xswu/HPSv2"),
     "jpeg_size": Kind("jpeg_size"),
+    "pickscore": Kind("pickscore", model_type="clip", base=_VIT_H, base_type="clip",
+                      published="the folder yuvalkirstain/PickScore_v1 of huggingface.co"),
     "shapes_agreement": Kind("shapes_agreement"),
 }
 

@@ -48,6 +48,8 @@ class Kind:
     module: in this package, with `load(source: Source) -> RewardFunction`; a custom reward's has a dot, and is the whole name.
     model_type: of config.json, where it takes a transformers folder. suffixes: of names, where it takes a single file of weights.
     base, base_type: the hub id and the model_type of the published model that a single file leans on.
+    base_whole: its weights are needed too, not its configuration and tokenizer alone.
+    published: the weights' published name and where they come from, for whoever lacks them.
     whole_videos: scores a video as a whole; others score a video's frames one by one.
     """
 
@@ -56,6 +58,8 @@ class Kind:
     suffixes: tuple[str, ...] = ()
     base: str = ""
     base_type: str | None = None
+    base_whole: bool = False
+    published: str = ""
     whole_videos: bool = False
 
     @property

@@ -42,14 +42,22 @@ def source(name: str, kind: Kind, model: str, base: str = PUBLISHED) -> Source:
     """The files of a reward. Raises `RunError` when one is missing or of another kind than the reward takes."""
     if not kind.has_model:
         return Source()
+    try:
+        path = _fitting(name, kind, model)
+    except RunError as error:
+        raise RunError(f"{error}{kind.published and f'; published: {kind.published}'}") from None
+    if not kind.base or path.is_dir() and base == PUBLISHED:
+        return Source(path)
+    return Source(path, _base(name, kind, base))
+
+
+def _fitting(name: str, kind: Kind, model: str) -> Path:
     path = find(model)
     if path.is_dir() and (kind.model_type is None or _model_type(path) != kind.model_type):
         raise RunError(f'input "model": found {path} (model_type {_model_type(path)!r}), accepted for {name}: {kind.accepted}')
     if path.is_file() and not path.name.endswith(kind.suffixes or ("\0",)):
         raise RunError(f'input "model": found {path}, accepted for {name}: {kind.accepted}')
-    if not kind.base or path.is_dir() and base == PUBLISHED:
-        return Source(path)
-    return Source(path, _base(name, kind, base))
+    return path
 
 
 def _base(name: str, kind: Kind, base: str) -> Path:
@@ -60,7 +68,8 @@ def _base(name: str, kind: Kind, base: str) -> Path:
         path = host().find_model(FOLDER, kind.base) or host().find_model(FOLDER, short) or hub.cached(kind.base)
         if path is None:
             searched = ", ".join(map(str, host().model_folders(FOLDER)))
-            raise RunError(f'input "base": {name} needs the configuration and the tokenizer of {kind.base}, which is in none of the folders '
+            needed = "all" if kind.base_whole else "the configuration and the tokenizer"
+            raise RunError(f'input "base": {name} needs {needed} of {kind.base}, which is in none of the folders '
                            f"searched ({searched}{hub.in_words(kind.base)}); put that folder there as {short!r}")
     if kind.base_type is not None and _model_type(path) != kind.base_type:
         raise RunError(f'input "base": found {path} (model_type {_model_type(path)!r}), accepted for {name}: '
