@@ -39,3 +39,8 @@ class Interrupted(DanceGRPOError):
     """The user asked to stop (Ctrl-C, the stop button)."""
 
     exit_status = 130
+
+
+def is_stop(error: BaseException) -> bool:
+    """Whether the user asked to stop; ComfyUI's own stop button raises a class of its own."""
+    return isinstance(error, Interrupted) or type(error).__name__ == "InterruptProcessingException"

@@ -11,6 +11,7 @@ import types
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from comfy_dancegrpo import rewards
@@ -70,11 +71,16 @@ def kept(folder, iterations):
     assert not list(folder.rglob("*.part"))
 
 
+def broken(values):
+    raise LookupError("no such thing\nas this")
+
+
 @pytest.mark.parametrize("what, spoil, said", [
     ("NaN", lambda v: v.index_fill(0, torch.tensor([1]), torch.nan), "found nan for the prompt '"),
     ("infinity", lambda v: v.index_fill(0, torch.tensor([5]), torch.inf), "found inf for the prompt '"),
     ("too few", lambda v: v[:-1], "found 5 scores for 6 pictures"),
     ("too many", lambda v: torch.cat([v, v]), "found 12 scores for 6 pictures"),
+    ("broken", broken, "LookupError: no such thing; "),
 ])
 def test_a_reward_that_fails(cli, loop_only, saved, tiny_loop, tmp_path, reward, what, spoil, said):
     called = []
@@ -94,6 +100,25 @@ def test_a_reward_that_fails(cli, loop_only, saved, tiny_loop, tmp_path, reward,
     assert resume_words(line)[:2] == ["run", str(tmp_path / "flow.json")]
     kept(tmp_path / "quickstart", 1)
     assert lora(tmp_path / "quickstart")
+    evidence = tmp_path / "quickstart" / "failed_reward" / "of_a_test-1"
+    assert f"; what it was given is in {evidence}; resume with: " in line
+    record = json.loads((evidence / "fault.json").read_text())
+    assert [sample["prompt"] for sample in record["samples"]] == list(called[1]) and line.partition("; what")[0].endswith(record["fault"])
+    assert (what == "broken") == (record["answer"] == "")  # else the scores, which are the answer
+    assert all(Image.open(evidence / sample["file"]).size == (64, 64) for sample in record["samples"])
+
+
+def test_a_reward_that_fails_at_once_and_is_mended(cli, loop_only, saved, tiny_loop, tmp_path, reward):
+    """In the first iteration, before there is a checkpoint: what it was given stays, and the run is the one that nothing disturbed."""
+    reward(lambda pictures, prompts: broken(None))
+    loop_only["3"]["inputs"]["reward"] = "of_a_test"
+    done = cli("run", saved(loop_only), "--output", tmp_path / "mended", *tiny_loop)
+    (line,) = done.verdict
+    assert done.status == 3 and (tmp_path / "mended/quickstart/failed_reward/of_a_test-1/fault.json").is_file()
+    reward(brightness)
+    assert cli(*resume_words(line)).status == 0
+    assert cli("run", saved(loop_only), "--output", tmp_path / "whole", *tiny_loop).status == 0
+    assert equal(lora(tmp_path / "mended/quickstart"), lora(tmp_path / "whole/quickstart"))
 
 
 def test_a_group_of_one(cli, loop_only, saved, tiny_loop, tmp_path):

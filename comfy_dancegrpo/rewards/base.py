@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from .. import processes
-from ..errors import RunError
+from ..errors import RunError, is_stop
 from ..quiet import quiet_loading
 from ..workflow.host import host
+from .faults import Given, RewardFault, fault
 
 if TYPE_CHECKING:
     import torch
@@ -124,7 +125,7 @@ class Reward:
     def __call__(self, pictures: Tensor | Sequence[Tensor], prompts: Sequence[str]) -> Tensor:
         """[N] float32, of N pictures [H, W, 3] or videos [F, H, W, 3] in 0..1.
 
-        Raises `RunError` on a wrong count, and on NaN or infinity with the prompt that got it.
+        Raises `RunError` where the function fails or gives a wrong count, NaN or infinity; what it was given is then in the run's folder.
         """
         import torch
 
@@ -149,14 +150,20 @@ class Reward:
     def _checked(self, pictures, prompts: Sequence[str]) -> Tensor:
         import torch
 
-        values = torch.as_tensor(self.loaded(pictures, prompts)).detach().float().cpu().reshape(-1)
-        if len(values) != len(prompts):
-            raise RunError(f"reward {self.name!r}: found {len(values)} scores for {len(prompts)} pictures")
-        if not bool(values.isfinite().all()):
-            bad = int((~values.isfinite()).nonzero()[0])
-            raise RunError(f"reward {self.name!r}: found {values[bad].item()} for the prompt {prompts[bad]!r}; "
-                           "accepted: finite numbers")
-        return values
+        values = None
+        try:
+            values = torch.as_tensor(self.loaded(pictures, prompts)).detach().float().cpu().reshape(-1)
+            if len(values) != len(prompts):
+                raise RewardFault(f"found {len(values)} scores for {len(prompts)} pictures")
+            if not bool(values.isfinite().all()):
+                bad = int((~values.isfinite()).nonzero()[0])
+                raise RewardFault(f"found {values[bad].item()} for the prompt {str(prompts[bad])!r}; accepted: finite numbers")
+            return values
+        except Exception as error:
+            if is_stop(error):
+                raise
+            answer = str(values.tolist()) if values is not None else ""
+            raise fault(self.name, error, Given(pictures, prompts, answer)) from (None if isinstance(error, RunError) else error)
 
 
 def spread(count: int, most: int) -> list[int]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from ..errors import DanceGRPOError, Interrupted, RunError, WorkflowError
+from ..errors import DanceGRPOError, Interrupted, RunError, WorkflowError, is_stop
 from . import calls
 from .graph import DynamicPrompt, NodeSpec, Prompt, ancestors, is_link, links
 from .host import host
@@ -157,7 +157,7 @@ class _Run:
             error.at(self.graph.label(node_id))
             raise
         except Exception as error:
-            if type(error).__name__ == "InterruptProcessingException":  # ComfyUI's own stop button, pressed inside a lent node
+            if is_stop(error):  # ComfyUI's own stop button, pressed inside a lent node
                 raise
             raise RunError(_cause(error)).at(self.graph.label(node_id)) from error
 

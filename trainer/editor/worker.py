@@ -19,7 +19,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from comfy_dancegrpo.errors import Interrupted
+from comfy_dancegrpo.errors import Interrupted, is_stop
 from comfy_dancegrpo.workflow.execute import execute
 from comfy_dancegrpo.workflow.host import Previews, use
 from comfy_dancegrpo.workflow.problems import node_label
@@ -83,10 +83,8 @@ def _run(job: dict[str, Any], host: WorkerHost, loaders: Loaders) -> tuple[str, 
         execute(job["prompt"], host.registry, outputs=job["outputs"], extra_pnginfo=job["extra_pnginfo"])
         host.leave_node()
         return "success", {}
-    except Interrupted:
-        return "interrupted", host.where()
     except (Exception, SystemExit) as error:
-        if type(error).__name__ == "InterruptProcessingException":  # a lent node noticed
+        if is_stop(error):
             return "interrupted", host.where()
         loaders.clear()  # whatever went wrong, the next job starts from files
         return "error", _fault(error, job["prompt"], host)
