@@ -7,12 +7,20 @@ import sys
 
 import torch
 
-root, *words = sys.argv[1:]
-library = torch.library.Library("torchvision", "FRAGMENT")
-for name in ("nms", "qnms"):
-    with contextlib.suppress(RuntimeError):  # torchvision's own library is there, and has defined it
-        library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-os.chdir(root)
-sys.path.insert(0, root)
-sys.argv = ["main.py", *words]
-runpy.run_path(os.path.join(root, "main.py"), run_name="__main__")
+
+def complete_torchvision() -> torch.library.Library:
+    """Defines what torchvision's own library would; call it before torchvision is imported, and keep what it returns."""
+    library = torch.library.Library("torchvision", "FRAGMENT")
+    for name in ("nms", "qnms"):
+        with contextlib.suppress(RuntimeError):  # torchvision's own library is there, and has defined it
+            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    return library
+
+
+if __name__ == "__main__":
+    root, *words = sys.argv[1:]
+    library = complete_torchvision()
+    os.chdir(root)
+    sys.path.insert(0, root)
+    sys.argv = ["main.py", *words]
+    runpy.run_path(os.path.join(root, "main.py"), run_name="__main__")

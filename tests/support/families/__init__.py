@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib
+import json
 import pkgutil
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,6 +18,7 @@ import PIL.Image
 import torch
 from comfy_dancegrpo.grpo.protocol import Size
 from comfy_dancegrpo.prompts import Prompt, Reference
+from record_comfyui_keys import RECORD, pattern
 
 PROMPTS = ("a large red circle in the center on a white background", "a small blue star at the top left")
 
@@ -42,15 +45,16 @@ class Case:
     """One family, in its real classes, tiny and with random weights.
 
     build: makes the pipeline as diffusers saves it; weights keyed by a seed. draw: the pipeline's own pictures, with a first-order
-    scheduler on its own sigmas where its own is of a higher order. odd: a size that the family must refuse. lora_keys: regular
-    expressions of which each key of a saved LoRA matches one, as ComfyUI reads them (source beside them). for_lora: stands in for the case
+    scheduler on its own sigmas where its own is of a higher order. odd: a size that the family must refuse. comfyui: the family
+    in tests/data/comfyui_lora_keys.json, which has the keys that ComfyUI reads; or where its ComfyUI has no such model yet, regular expressions of which
+    each key of a saved LoRA matches one (source beside them). for_lora: stands in for the case
     where a LoRA is loaded, when diffusers reads its names at the published width alone. load_lora: has the pipeline load a LoRA's files.
     within: a context that all checks run in.
     """
 
     name: str
     build: Callable[[], object]
-    lora_keys: tuple[str, ...]
+    comfyui: str | tuple[str, ...]
     draw: Callable[[object, Drawing], np.ndarray] = draw
     prompts: tuple[str, ...] = PROMPTS
     size: Size = Size(64, 64)
@@ -63,6 +67,13 @@ class Case:
     for_lora: Case | None = None
     load_lora: Callable[[object, list[Path]], None] = lambda pipeline, paths: pipeline.load_lora_weights(*paths)
     within: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
+
+    def unknown_to_comfyui(self, keys: Iterable[str]) -> list[str]:
+        """The keys of a LoRA file that ComfyUI would leave out."""
+        if isinstance(self.comfyui, tuple):
+            return [key for key in keys if not any(re.fullmatch(pattern, key) for pattern in self.comfyui)]
+        known = set(json.loads(RECORD.read_text(encoding="utf-8"))[self.comfyui]["keys"])
+        return [key for key in keys if pattern(key) not in known]
 
 
 def draw_video(pipeline, asked: Drawing, **more) -> np.ndarray:

@@ -16,6 +16,5 @@ def flux_dev():
 
 CASES = [
     Case("flux-dev", flux_dev, draw=lambda pipeline, asked: draw(pipeline, asked, max_sequence_length=16),
-         # ComfyUI's comfy.lora.model_lora_keys_unet gives Flux "transformer." before diffusers' names (comfy.utils.flux_to_diffusers)
-         lora_keys=(r"transformer\.(transformer_blocks|single_transformer_blocks)\.\d+\.[\w.]+\.lora_[AB]\.weight",)),
+         comfyui="flux"),
 ]

@@ -20,7 +20,5 @@ def draw(pipeline, asked):
 
 
 CASES = [
-    Case("flux-kontext", flux_kontext, draw=draw, prompts=pictured(),
-         # the names of FLUX.1, whose class in ComfyUI it is
-         lora_keys=(r"transformer\.(transformer_blocks|single_transformer_blocks)\.\d+\.[\w.]+\.lora_[AB]\.weight",)),
+    Case("flux-kontext", flux_kontext, draw=draw, prompts=pictured(), comfyui="flux"),
 ]

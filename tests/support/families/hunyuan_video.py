@@ -10,9 +10,6 @@ from transformers import LlamaConfig, LlamaModel
 from . import PROMPTS, Case, draw_video
 
 SPECIAL = ("<|pad|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
-# comfy.lora.model_lora_keys_unet gives HunyuanVideo "transformer." before these names of its own layers
-KEYS = (r"transformer\.double_blocks\.\d+\.((img|txt)_(attn_qkv|attn_proj|mlp\.fc1|mlp\.fc2|mod\.linear))\.lora_[AB]\.weight",
-        r"transformer\.single_blocks\.\d+\.(linear1|linear2|modulation\.linear)\.lora_[AB]\.weight")
 
 
 def parts(make=tiny.seeded, **transformer):
@@ -54,5 +51,5 @@ def hunyuan_video(make=tiny.seeded, **transformer):
     return HunyuanVideoPipeline(**parts(make, **transformer))
 
 
-CASE = Case("hunyuan-video", hunyuan_video, lora_keys=KEYS, draw=draw_video, size=Size(32, 32, 5), odd=Size(32, 40, 5), guidance_scale=6.018)
+CASE = Case("hunyuan-video", hunyuan_video, comfyui="hunyuan_video", draw=draw_video, size=Size(32, 32, 5), odd=Size(32, 40, 5), guidance_scale=6.018)
 CASES = [wide(CASE, lambda: hunyuan_video(cheaply, **WIDE))]

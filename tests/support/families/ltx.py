@@ -7,9 +7,6 @@ from diffusers import AutoencoderKLLTXVideo, FlowMatchEulerDiscreteScheduler, LT
 
 from . import Case, draw_video, draw_video_of_picture, pictured
 
-# comfy.lora.model_lora_keys_unet: "diffusion_model." and the weight's own name (comfy.ldm.lightricks.model.LTXVModel)
-KEYS = (r"diffusion_model\.transformer_blocks\.\d+\.(attn[12]\.(to_q|to_k|to_v|to_out\.0)|ff\.net\.(0\.proj|2))\.lora_[AB]\.weight",
-        r"diffusion_model\.(caption_projection\.linear_[12]|proj_out)\.lora_[AB]\.weight")
 SIZE, ODD = Size(64, 32, 9), Size(64, 48, 9)
 
 
@@ -47,6 +44,6 @@ def draw_from_picture(pipeline, asked):
 
 
 CASES = [
-    Case("ltx", ltx, KEYS, draw_video, size=SIZE, odd=ODD),
-    Case("ltx-i2v", ltx_i2v, KEYS, draw_from_picture, pictured(), SIZE, ODD),
+    Case("ltx", ltx, "ltx", draw_video, size=SIZE, odd=ODD),
+    Case("ltx-i2v", ltx_i2v, "ltx", draw_from_picture, pictured(), SIZE, ODD),
 ]

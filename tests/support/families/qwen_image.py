@@ -4,10 +4,6 @@ import tiny
 
 from . import Case, Drawing
 
-# ComfyUI's comfy.lora.model_lora_keys_unet gives QwenImage, whose modules have diffusers' names, "transformer." before them
-COMFYUI = (r"transformer\.transformer_blocks\.\d+\.("
-           r"attn\.(to_q|to_k|to_v|to_out\.0|add_q_proj|add_k_proj|add_v_proj|to_add_out)|"
-           r"(img|txt)_mlp\.net\.(0\.proj|2)|(img|txt)_mod\.1)\.lora_[AB]\.weight",)
 
 
 def parts(**transformer) -> dict:
@@ -30,5 +26,5 @@ def qwen_image():
     return QwenImagePipeline(**parts())
 
 
-CASES = [Case("qwen-image", qwen_image, COMFYUI, draw=draw),
-         Case("qwen-image-unguided", qwen_image, COMFYUI, draw=draw, guidance_scale=1.0)]
+CASES = [Case("qwen-image", qwen_image, "qwen_image", draw=draw),
+         Case("qwen-image-unguided", qwen_image, "qwen_image", draw=draw, guidance_scale=1.0)]

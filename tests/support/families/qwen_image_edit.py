@@ -13,7 +13,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 import tiny
 
 from . import PROMPTS, Case
-from .qwen_image import COMFYUI, parts
+from .qwen_image import parts
 
 
 def saveable(pipeline_class, **transformer):
@@ -59,5 +59,5 @@ def edit_plus():
     return saveable(QwenImageEditPlusPipeline, zero_cond_t=True)
 
 
-CASES = [Case("qwen-image-edit", edit, COMFYUI, draw=draw, prompts=PICTURED, within=small_references),
-         Case("qwen-image-edit-plus", edit_plus, COMFYUI, draw=draw, prompts=PICTURED, within=small_references)]
+CASES = [Case("qwen-image-edit", edit, "qwen_image", draw=draw, prompts=PICTURED, within=small_references),
+         Case("qwen-image-edit-plus", edit_plus, "qwen_image", draw=draw, prompts=PICTURED, within=small_references)]

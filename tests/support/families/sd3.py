@@ -5,10 +5,6 @@ import tiny
 
 from . import Case, draw
 
-# ComfyUI's comfy.lora.model_lora_keys_unet gives SD3 "transformer." before the names of comfy.utils.mmdit_to_diffusers
-COMFYUI = (r"transformer\.transformer_blocks\.\d+\.("
-           r"attn\.(to_q|to_k|to_v|to_out\.0|add_q_proj|add_k_proj|add_v_proj|to_add_out)|attn2\.(to_q|to_k|to_v|to_out\.0)|"
-           r"(ff|ff_context)\.net\.(0\.proj|2)|(norm1|norm1_context)\.linear)\.lora_[AB]\.weight",)
 
 
 def parts(scheduler, **transformer) -> StableDiffusion3Pipeline:
@@ -37,5 +33,5 @@ def drawn(pipeline, asked):
     return draw(pipeline, asked, max_sequence_length=16)  # the tokenizer's
 
 
-CASES = [Case("sd3", sd3, COMFYUI, draw=drawn),
-         Case("sd3.5", sd35, COMFYUI, draw=drawn, odd=Size(64, 200))]  # larger than its table of positions, 24 patches of 8 pixels
+CASES = [Case("sd3", sd3, "sd3", draw=drawn),
+         Case("sd3.5", sd35, "sd3", draw=drawn, odd=Size(64, 200))]  # larger than its table of positions, 24 patches of 8 pixels

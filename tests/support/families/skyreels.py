@@ -17,5 +17,5 @@ def draw(pipeline, asked):
     return draw_video_of_picture(pipeline, asked, true_cfg_scale=asked.guidance_scale, guidance_scale=1.0, negative_prompt="")
 
 
-CASE = Case("skyreels", skyreels, lora_keys=HUNYUAN.lora_keys, draw=draw, prompts=pictured(), size=Size(32, 32, 5), odd=Size(32, 40, 5))
+CASE = Case("skyreels", skyreels, comfyui=HUNYUAN.comfyui, draw=draw, prompts=pictured(), size=Size(32, 32, 5), odd=Size(32, 40, 5))
 CASES = [wide(CASE, lambda: skyreels(cheaply, **WIDE))]

@@ -12,11 +12,6 @@ from diffusers import (
 from . import Case, draw
 
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
-_BLOCK = r"lora_unet_(down_blocks_\d+|mid_block|up_blocks_\d+)_"
-# comfy.lora.model_lora_keys_unet gives "lora_unet_" before diffusers' names with underscores (comfy.utils.unet_to_diffusers)
-KEYS = tuple(rf"{_BLOCK}{name}\.lora_(down|up)\.weight" for name in (
-    r"attentions_\d+_(proj_in|proj_out)", r"attentions_\d+_transformer_blocks_\d+_(attn[12]_to_(q|k|v|out_0)|ff_net_(0_proj|2))",
-    r"resnets_\d+_time_emb_proj"))
 
 
 def by_ddim(pipeline, asked):
@@ -58,7 +53,7 @@ def sdxl(force_zeros_for_empty_prompt: bool = True):
 
 
 CASES = [
-    Case("sd15-pndm", sd15, KEYS, draw=by_ddim, transition="ddim"),
-    Case("sd2-v", sd2, KEYS, draw=by_ddim, transition="ddim", steps=4),
-    Case("sdxl-euler", sdxl, KEYS, draw=by_ddim, transition="ddim"),
+    Case("sd15-pndm", sd15, "sd1", draw=by_ddim, transition="ddim"),
+    Case("sd2-v", sd2, "sd1", draw=by_ddim, transition="ddim", steps=4),
+    Case("sdxl-euler", sdxl, "sdxl", draw=by_ddim, transition="ddim"),
 ]

@@ -12,10 +12,6 @@ from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel, 
 
 from . import Case, draw_video, draw_video_of_picture, pictured
 
-# comfy.lora.model_lora_keys_unet: "diffusion_model." and the weight's own name (comfy.ldm.wan.model.WanModel)
-KEYS = (r"diffusion_model\.blocks\.\d+\.(self_attn|cross_attn)\.(q|k|v|o|k_img|v_img)\.lora_[AB]\.weight",
-        r"diffusion_model\.blocks\.\d+\.ffn\.[02]\.lora_[AB]\.weight",
-        r"diffusion_model\.((time|text)_embedding\.[02]|time_projection\.1|head\.head|img_emb\.proj\.[13])\.lora_[AB]\.weight")
 SIZE, ODD = Size(32, 32, 5), Size(32, 40, 5)
 
 
@@ -112,11 +108,11 @@ def load_both(pipeline, paths):
 
 
 CASES = [
-    Case("wan-2.1", wan21, KEYS, draw, size=SIZE, odd=ODD),
-    Case("wan-2.1-picture", wan21, KEYS, draw, size=Size(32, 32), odd=Size(32, 40)),
-    Case("wan-2.2-a14b", wan22_a14b, KEYS, draw, size=SIZE, odd=ODD, load_lora=load_both),
-    Case("wan-2.2-ti2v", wan22_ti2v, KEYS, draw, size=Size(64, 64, 5), odd=Size(64, 80, 5)),
-    Case("wan-2.2-ti2v-pictured", wan22_ti2v, KEYS, draw_from_picture, pictured(), Size(64, 64, 5), Size(64, 80, 5)),
-    Case("wan-2.1-i2v", wan21_i2v, KEYS, draw_from_picture, pictured(), SIZE, ODD),
-    Case("wan-2.2-i2v-a14b", wan22_i2v, KEYS, draw_from_picture, pictured(), SIZE, ODD, load_lora=load_both),
+    Case("wan-2.1", wan21, "wan", draw, size=SIZE, odd=ODD),
+    Case("wan-2.1-picture", wan21, "wan", draw, size=Size(32, 32), odd=Size(32, 40)),
+    Case("wan-2.2-a14b", wan22_a14b, "wan", draw, size=SIZE, odd=ODD, load_lora=load_both),
+    Case("wan-2.2-ti2v", wan22_ti2v, "wan", draw, size=Size(64, 64, 5), odd=Size(64, 80, 5)),
+    Case("wan-2.2-ti2v-pictured", wan22_ti2v, "wan", draw_from_picture, pictured(), Size(64, 64, 5), Size(64, 80, 5)),
+    Case("wan-2.1-i2v", wan21_i2v, "wan", draw_from_picture, pictured(), SIZE, ODD),
+    Case("wan-2.2-i2v-a14b", wan22_i2v, "wan", draw_from_picture, pictured(), SIZE, ODD, load_lora=load_both),
 ]
