@@ -35,7 +35,7 @@ RECORDED = {
     "DanceGRPOWatch": (
         "policy update prompts reward every max_drop patience below steps shift guidance_scale width height noise_seed samples_per_prompt batch_size",
         "reward_2 max_drop_2 reward_3 max_drop_3 frames", ""),
-    "DanceGRPOPlotMetrics": ("run width height", "", "IMAGE"),
+    "DanceGRPOPlotMetrics": ("run width height", "picture_statistics", "IMAGE"),
     "DanceGRPOSaveLora": ("lora filename", "", ""),
     "DanceGRPOSaveVideo": ("images fps filename_prefix", "", ""),
     "DanceGRPOApplyPolicyLora": ("model lora strength", "clip expert", "MODEL CLIP"),
@@ -62,7 +62,7 @@ CHOICES = {
     "DanceGRPOWatch.below": {"best", "start"},
     "DanceGRPOGroupSample.transition": {"dance_sde", "ddim"},
     "DanceGRPOGroupSample.initial_noise": {"shared", "independent"},
-    "DanceGRPOLoadReward.reward": {"aesthetic", "clip_score", "hps_v2", "pickscore", "image_reward", "jpeg_size", "shapes_agreement"},
+    "DanceGRPOLoadReward.reward": {"aesthetic", "clip_score", "hps_v2", "pickscore", "hps_v3", "image_reward", "jpeg_size", "shapes_agreement"},
     "DanceGRPOLoadReward.model": {"embedded"},
     "DanceGRPOLoadReward.base": {"published"},
     "DanceGRPOLoadReward.frame_score": {"mean", "worst"},

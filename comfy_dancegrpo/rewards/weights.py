@@ -17,7 +17,7 @@ from ..errors import RunError
 
 
 def read(path: Path) -> dict[str, Tensor]:
-    """The tensors of a .safetensors file or of a PyTorch file (of a training checkpoint those under "state_dict"), on the CPU.
+    """The tensors of a .safetensors file or of a PyTorch file (of a training checkpoint those under "state_dict" or "model"), on the CPU.
 
     Raises `RunError` on a damaged file, and on a PyTorch file that holds more than tensors and plain values: nothing is unpickled.
     """
@@ -27,7 +27,8 @@ def read(path: Path) -> dict[str, Tensor]:
         stored = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError, BadZipFile, SafetensorError) as error:
         raise RunError(f"{path}: it cannot be read as weights ({' '.join(str(error).split())[:200]})") from None
-    stored = stored.get("state_dict", stored) if isinstance(stored, dict) else {}
+    stored = stored if isinstance(stored, dict) else {}
+    stored = next((stored[name] for name in ("state_dict", "model") if isinstance(stored.get(name), dict)), stored)
     tensors = {name.removeprefix("module."): value for name, value in stored.items() if isinstance(value, Tensor)}
     if not tensors:
         raise RunError(f"{path}: found no weights in it")
