@@ -42,3 +42,9 @@ def names(having: str) -> list[str]:
 def in_words(name: str) -> str:
     """For the end of a list of folders searched: the cache, where `name` may be in it."""
     return f", and the Hugging Face cache {folder()}" if _NAME.fullmatch(name) else ""
+
+
+def to_get(name: str) -> str:
+    """For the end of such a line: the command that fetches `name`, where it is a hub id or a file of one."""
+    parts = _NAME.fullmatch(name)
+    return f"; nothing is downloaded by itself: hf download {parts[1]}{f' {parts[2]}' if parts[2] else ''}" if parts else ""

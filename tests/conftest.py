@@ -19,15 +19,19 @@ WORKFLOWS = sorted((Path(__file__).resolve().parent.parent / "workflows").glob("
 QUICKSTART = next(path for path in WORKFLOWS if path.stem == "quickstart")
 
 
-def needs_comfyui(path: Path) -> bool:
-    """Whether a bundled workflow says that it holds nodes of ComfyUI which have no stand-in here."""
-    return "ComfyUI" in json.loads(path.read_text(encoding="utf-8"))["extra"].get("dancegrpo", {}).get("needs", [])
+def needs(path: Path) -> set[str]:
+    """What a bundled workflow says that it needs: "ComfyUI" for nodes of its own that have no stand-in here, and models by name."""
+    return set(json.loads(path.read_text(encoding="utf-8"))["extra"].get("dancegrpo", {}).get("needs", []))
 
 
 def pytest_generate_tests(metafunc):
-    """`bundled`: each bundled workflow. `bundled_here`: each that needs no ComfyUI. `bundled_there`: each other."""
-    for name, paths in (("bundled", WORKFLOWS), ("bundled_here", [p for p in WORKFLOWS if not needs_comfyui(p)]),
-                        ("bundled_there", [p for p in WORKFLOWS if needs_comfyui(p)])):
+    """`bundled`: each bundled workflow. `bundled_here`: each that needs no ComfyUI. `bundled_there`: each other. `bundled_complete`: each that needs
+    no model that is not in the package. `bundled_alone`: each that needs neither. `bundled_seen`: these, and of the families,
+    which have one graph, one of pictures and one of videos."""
+    there, alone = [path for path in WORKFLOWS if "ComfyUI" in needs(path)], [path for path in WORKFLOWS if not needs(path)]
+    for name, paths in (("bundled", WORKFLOWS), ("bundled_here", [p for p in WORKFLOWS if p not in there]), ("bundled_there", there),
+                        ("bundled_complete", [p for p in WORKFLOWS if needs(p) <= {"ComfyUI"}]), ("bundled_alone", alone),
+                        ("bundled_seen", [*alone, *(p for p in WORKFLOWS if p.stem in ("flux_dev", "hunyuan_video"))])):
         if name in metafunc.fixturenames:
             metafunc.parametrize(name, paths, ids=lambda path: path.stem)
 

@@ -61,18 +61,18 @@ def run(cli, made_tiny, tmp_path_factory):
     return run_tiny
 
 
-def test_they_run_to_their_end(bundled_here, quickstart, run):
+def test_they_run_to_their_end(bundled_alone, quickstart, run):
     """After the quickstart, whose LoRA one of them reads."""
     done, output = run(quickstart)
-    if bundled_here != quickstart:
+    if bundled_alone != quickstart:
         before = set(output.rglob("*.png"))
-        done, output = run(bundled_here)
+        done, output = run(bundled_alone)
         assert set(output.rglob("*.png")) - before
     assert done.status == 0, done.err
-    for node in prompt_of(bundled_here).values():
+    for node in prompt_of(bundled_alone).values():
         if node["class_type"] == "DanceGRPOLoopStart":
             name = node["inputs"]["run_name"]
-            assert name == bundled_here.stem and (output / name / "lora" / f"{name}.safetensors").is_file()
+            assert name == bundled_alone.stem and (output / name / "lora" / f"{name}.safetensors").is_file()
 
 
 def test_the_comparison_gives_the_figures_that_the_run_itself_gave(quickstart, run):

@@ -76,7 +76,7 @@ def cache(tmp_path, name="someone/tiny-flux", revision="0123abc"):
 
 def test_a_hub_id_is_found_in_the_cache_alone(models, tmp_path):
     assert 'found \'someone/tiny-flux\', which is in none' in policies.problem("someone/tiny-flux")
-    assert "nothing is downloaded" in policies.problem("someone/tiny-flux")
+    assert "; nothing is downloaded by itself: hf download someone/tiny-flux" in policies.problem("someone/tiny-flux")
     flux(cache(tmp_path))
     cache(tmp_path, "someone/no-pipeline").mkdir(parents=True)
     assert policies.available() == [*policies.EMBEDDED, "someone/tiny-flux"]

@@ -61,9 +61,7 @@ def policy(name: str) -> Path:
             return path
     if hub.cached(f"{name}/{INDEX}"):
         return hub.cached(name)
-    cache = hub.in_words(name)
-    raise RunError(f'input "policy": found {name!r}, which is in none of the folders searched ({searched(KINDS)}{cache})'
-                   + ("; nothing is downloaded" if cache else ""))
+    raise RunError(f'input "policy": found {name!r}, which is in none of the folders searched ({searched(KINDS)}{hub.in_words(name)}){hub.to_get(name)}')
 
 
 def diffusers_folders() -> list[str]:

@@ -34,7 +34,8 @@ def find(name: str, input: str = "model") -> Path:
     path = host().find_model(FOLDER, name) or hub.cached(name)
     if path is None:
         searched = ", ".join(map(str, host().model_folders(FOLDER)))
-        raise RunError(f'input "{input}": found {name!r}, which is in none of the folders searched ({searched}{hub.in_words(name)})')
+        raise RunError(f'input "{input}": found {name!r}, which is in none of the folders searched '
+                       f"({searched}{hub.in_words(name)}){hub.to_get(name)}")
     return path
 
 
@@ -70,7 +71,7 @@ def _base(name: str, kind: Kind, base: str) -> Path:
             searched = ", ".join(map(str, host().model_folders(FOLDER)))
             needed = "all" if kind.base_whole else "the configuration and the tokenizer"
             raise RunError(f'input "base": {name} needs {needed} of {kind.base}, which is in none of the folders '
-                           f"searched ({searched}{hub.in_words(kind.base)}); put that folder there as {short!r}")
+                           f"searched ({searched}{hub.in_words(kind.base)}); put that folder there as {short!r}{hub.to_get(kind.base)}")
     if kind.base_type is not None and _model_type(path) != kind.base_type:
         raise RunError(f'input "base": found {path} (model_type {_model_type(path)!r}), accepted for {name}: '
                        f"a transformers folder of model_type {kind.base_type!r}, such as {kind.base}")

@@ -18,17 +18,17 @@ def tiny_quickstart(quickstart, tmp_path):
     return path
 
 
-def test_bundled_workflows_open(bundled_here, start_editor, visit, tmp_path):
+def test_bundled_workflows_open(bundled_seen, start_editor, visit, tmp_path):
     """No missing node, no error, nothing asked of another host, and no node lies on another."""
-    saved = json.loads(bundled_here.read_text(encoding="utf-8"))
+    saved = json.loads(bundled_seen.read_text(encoding="utf-8"))
     for node in saved["nodes"]:
         if node["type"] == "DanceGRPOLoadLora":  # the page marks a node whose file is not listed
             path = tmp_path / "output" / node["widgets_values"][0]
             path.parent.mkdir(parents=True)
             path.touch()
-    page = visit(start_editor(tmp_path, opened=bundled_here).server.url)
+    page = visit(start_editor(tmp_path, opened=bundled_seen).server.url)
     assert page.amiss(saved) == []
-    page.shot(f"open-{bundled_here.stem}")
+    page.shot(f"open-{bundled_seen.stem}")
     assert page.page.evaluate("""() => {
         const boxes = app.graph._nodes.map((n) => [n.title, n.pos[0], n.pos[1] - 30, n.pos[0] + n.size[0], n.pos[1] + n.size[1]]), found = [];
         for (const a of boxes) for (const b of boxes)

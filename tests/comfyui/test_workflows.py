@@ -1,4 +1,4 @@
-"""Every bundled workflow inside a real ComfyUI, by its HTTP API."""
+"""Every bundled workflow, but those that need models of their own, inside a real ComfyUI, by its HTTP API."""
 
 import json
 
@@ -24,14 +24,14 @@ def queue(comfyui, made_tiny):
     return run
 
 
-def test_it_runs_to_its_end(bundled, quickstart, comfyui, queue):
+def test_it_runs_to_its_end(bundled_complete, quickstart, comfyui, queue):
     if not (comfyui.output / LORA).is_file():
         queue(quickstart)  # one of the others reads its LoRA
     assert LORA in comfyui.get("/object_info/DanceGRPOLoadLora")["DanceGRPOLoadLora"]["input"]["required"]["lora"][0]
-    pictures = queue(bundled)
-    graph = json.loads(bundled.read_text(encoding="utf-8"))
+    pictures = queue(bundled_complete)
+    graph = json.loads(bundled_complete.read_text(encoding="utf-8"))
     savers = [node for node in graph["nodes"] if node["type"] == "SaveImage" and node["mode"] == 0]
     assert len(pictures) == len(savers) > 0
     for node in graph["nodes"]:
         if node["type"] == "DanceGRPOLoopStart":
-            assert (comfyui.output / bundled.stem / "lora" / f"{bundled.stem}.safetensors").is_file()
+            assert (comfyui.output / bundled_complete.stem / "lora" / f"{bundled_complete.stem}.safetensors").is_file()
