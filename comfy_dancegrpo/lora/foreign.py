@@ -150,10 +150,10 @@ def _read(layers: dict[str, tuple[Tensor, Tensor]], family: Family) -> dict[str,
     for attempt in (_as_they_are, _by_layout, _by_diffusers):
         if (sources := _sources(attempt(marked, names, family))) is None:
             continue
-        lost = [names[i] for i in range(len(names)) if i not in {source for source, _ in sources.values()}]
-        lost += [names[source] for name, (source, _) in sources.items() if not family.knows(name)]
-        if not lost:
+        read = {source for source, _ in sources.values()} - {source for name, (source, _) in sources.items() if not family.knows(name)}
+        if len(read) == len(names):
             break
+        lost = min(lost, [name for i, name in enumerate(names) if i not in read], key=len)
     else:
         raise Unread(lost)
     found = {}
@@ -188,18 +188,21 @@ def _by_layout(marked: dict[str, tuple[Tensor, Tensor]], names: list[str], famil
 
 
 def _by_diffusers(marked: dict[str, tuple[Tensor, Tensor]], names: list[str], family: Family) -> dict[str, Tensor] | None:
+    """Layer by layer: one that its converter does not know would take the others with it, and some it takes for another (input_blocks_1 for input_blocks_10)."""
     if family.read_by:
         return None
-    if family.separator == "_":
-        given = _named({f"lora_unet_{name.replace('.', '_')}": pair for name, pair in marked.items()}, ".lora_down.weight", ".lora_up.weight")
-    else:
-        given = _named({f"diffusion_model.{name}": pair for name, pair in marked.items()})
-    try:
-        found = getattr(diffusers, family.pipelines[0]).lora_state_dict(given, unet_config=SimpleNamespace(layers_per_block=2))  # which all published have
-        converted = parse(found[0] if isinstance(found, tuple) else found, {}).layers
-    except Exception:  # whatever its lines trip over
-        return None
-    return _named({plain(name): pair for name, pair in converted.items()})
+    convert, found = getattr(diffusers, family.pipelines[0]).lora_state_dict, {}
+    for name, pair in marked.items():
+        if family.separator == "_":
+            given = _named({f"lora_unet_{name.replace('.', '_')}": pair}, ".lora_down.weight", ".lora_up.weight")
+        else:
+            given = _named({f"diffusion_model.{name}": pair})
+        try:
+            converted = convert(given, unet_config=SimpleNamespace(layers_per_block=2))  # which all published have
+            found |= parse(converted[0] if isinstance(converted, tuple) else converted, {}).layers
+        except Exception:  # whatever its lines trip over; the layer is then missing
+            continue
+    return _named({plain(name): pair for name, pair in found.items()})
 
 
 def _named(layers: Mapping[str, tuple[Tensor, Tensor]], a: str = A, b: str = B) -> dict[str, Tensor]:
