@@ -11,11 +11,11 @@ from .places import EMBEDDED, PUBLISHED, available_bases, available_models, sour
 
 _VIT_H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 
-REWARDS: dict[str, Kind] = {
-    "aesthetic": Kind("aesthetic", suffixes=(".pth", ".safetensors"), base="openai/clip-vit-large-patch14", base_type="clip", base_whole=True,
-                      published="sac+logos+ava1-l14-linearMSE.pth of github.com/christophschuhmann/improved-aesthetic-predictor"),
+REWARDS: dict[str, Kind] = {  # the first is what a new Load Reward shows
     "clip_score": Kind("clip_score", model_type="clip", suffixes=(".bin", ".pt", ".safetensors"), base=_VIT_H, base_type="clip",
                        published="such as openai/clip-vit-large-patch14 of huggingface.co"),
+    "aesthetic": Kind("aesthetic", suffixes=(".pth", ".safetensors"), base="openai/clip-vit-large-patch14", base_type="clip", base_whole=True,
+                      published="sac+logos+ava1-l14-linearMSE.pth of github.com/christophschuhmann/improved-aesthetic-predictor"),
     "hps_v2": Kind("hps_v2", suffixes=(".pt", ".safetensors"), base=_VIT_H, base_type="clip",
                    published="HPS_v2.1_compressed.pt of huggingface.co/xswu/HPSv2"),
     "hps_v3": Kind("hps_v3", suffixes=(".safetensors", ".pth"), base="Qwen/Qwen2-VL-7B-Instruct", base_type="qwen2_vl",

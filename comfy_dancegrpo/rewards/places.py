@@ -69,8 +69,8 @@ def _base(name: str, kind: Kind, base: str) -> Path:
         path = host().find_model(FOLDER, kind.base) or host().find_model(FOLDER, short) or hub.cached(kind.base)
         if path is None:
             searched = ", ".join(map(str, host().model_folders(FOLDER)))
-            needed = "all" if kind.base_whole else "the configuration and the tokenizer"
-            raise RunError(f'input "base": {name} needs {needed} of {kind.base}, which is in none of the folders '
+            needs = f"{name} needs all of " if kind.base_whole else f"{name} needs the configuration and the tokenizer of "
+            raise RunError(f'input "base": {needs}{kind.base}, which is in none of the folders '
                            f"searched ({searched}{hub.in_words(kind.base)}); put that folder there as {short!r}{hub.to_get(kind.base)}")
     if kind.base_type is not None and _model_type(path) != kind.base_type:
         raise RunError(f'input "base": found {path} (model_type {_model_type(path)!r}), accepted for {name}: '
