@@ -132,6 +132,29 @@ def sample(prompt: Annotated[Optional[list[str]], typer.Option(help="What to dra
                 print(host.output_folder / path)
 
 
+@app.command("check-reward")
+def check_reward(name: Annotated[str, typer.Argument(help="As Load Reward names it.")],
+                 pictures: Annotated[list[Path], typer.Argument(help="Pictures or videos.")],
+                 prompt: Annotated[Optional[str], typer.Option(help="Of all of them; else each has its own from the table.", show_default=False)] = None,
+                 published: Annotated[Optional[Path], typer.Option(
+                     metavar="FILE", help="A .csv or .jsonl table of published scores: reward, picture, prompt, score, weights, source. "
+                                          "Without it, the project's own.", show_default=False)] = None,
+                 model: Annotated[str, typer.Option(help="As Load Reward names it.")] = "embedded",
+                 base: Annotated[str, typer.Option(help="As Load Reward names it.")] = "published",
+                 device: Annotated[str, typer.Option(help="Such as cuda:1; empty for the fastest here.")] = "",
+                 models: Models = None, extra_model_paths: ExtraModelPaths = None, debug: Debug = False) -> None:
+    """Scores pictures, and prints published scores of them beside ours."""
+    with _reported(debug):
+        from comfy_dancegrpo.workflow.host import use
+
+        from .checking import check, lines
+        from .session import Options, make_host
+
+        host, _ = make_host(Options(models=models, extra_model_paths=extra_model_paths))
+        with use(host):
+            print(*lines(check(name, pictures, prompt, published, model, base, device)), sep="\n")
+
+
 def _need(command: str, extra: str, *packages: str) -> None:
     """Raises WorkflowError, one line, for packages that are not installed."""
     missing = [package.replace("_", "-") for package in packages if importlib.util.find_spec(package) is None]

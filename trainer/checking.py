@@ -1,0 +1,118 @@
+"""`dancegrpo check-reward`: what a reward gives pictures here, beside what its makers published for them."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path, PurePosixPath
+from urllib.parse import urlsplit
+
+from comfy_dancegrpo.errors import WorkflowError
+
+VIDEOS = (".mp4", ".mov", ".webm", ".mkv", ".avi")
+
+
+@dataclass(frozen=True)
+class Published:
+    """A row of a table of published scores.
+
+    picture: its address or file name, of which the last part is compared with the names of files, endings left out. prompt: "" where it plays
+    no part. score: None where the row gives a picture's prompt alone. weights: by which model; source: where the score is printed.
+    """
+
+    reward: str
+    picture: str
+    prompt: str = ""
+    score: float | None = None
+    weights: str = ""
+    source: str = ""
+
+    @property
+    def stem(self) -> str:
+        return PurePosixPath(urlsplit(self.picture).path).stem
+
+
+@dataclass(frozen=True)
+class Checked:
+    file: Path
+    prompt: str
+    ours: float
+    published: Published | None
+
+
+def read(table: Path | None) -> list[Published]:
+    """Of a .csv file with a header or a .jsonl file of objects, with the names of `Published`; of None the project's own. Raises WorkflowError."""
+    path = table if table is not None else resources.files("comfy_dancegrpo.rewards") / "published_scores.csv"
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        rows = [json.loads(line) for line in text.splitlines() if line.strip()] if str(path).endswith(".jsonl") else list(csv.DictReader(text.splitlines()))
+    except (OSError, ValueError, csv.Error) as error:
+        raise WorkflowError(f"--published: found {path}, which cannot be read ({error}); accepted: a .csv or .jsonl file") from None
+    return [_row(path, number, row) for number, row in enumerate(rows, 1)]
+
+
+def _row(path, number: int, row: dict) -> Published:
+    try:
+        values = {name: str(row.get(name) or "") for name in ("reward", "picture", "prompt", "weights", "source")}
+        score = row.get("score")
+        found = Published(score=None if score in (None, "") else float(score), **values)
+        if not found.stem or found.score is not None and not math.isfinite(found.score):
+            raise ValueError
+        return found
+    except (AttributeError, TypeError, ValueError):
+        raise WorkflowError(f"--published: {path}, row {number}: found {row!r}, accepted: reward, picture (an address or a file name), prompt, "
+                            "score (a number), weights and source") from None
+
+
+def check(name: str, files: Sequence[Path], prompt: str | None, table: Path | None, model: str, base: str, device: str) -> list[Checked]:
+    """Scores the files, each with the prompts that the table has for it, or else with `prompt`. Raises WorkflowError before anything is loaded."""
+    from comfy_dancegrpo import rewards
+
+    if name not in rewards.REWARDS:
+        raise WorkflowError(f"reward: found {name!r}, accepted: one of {', '.join(rewards.REWARDS)}")
+    rows = [row for row in read(table) if row.reward in (name, "")]
+    if problem := rewards.problem(name, model, base, device):
+        raise WorkflowError(problem)
+    pairs = [(file, text, row) for file in files for text, row in _prompts(file, rows, prompt)]
+    samples = {file: _sample(file) for file in dict.fromkeys(files)}
+    reward = rewards.load(name, model, base=base, device=device, batch_size=8)
+    values = [float(reward([samples[file]], [text])) for file, text, _ in pairs]
+    return [Checked(file, text, value, row) for (file, text, row), value in zip(pairs, values)]
+
+
+def _prompts(file: Path, rows: Sequence[Published], prompt: str | None) -> list[tuple[str, Published | None]]:
+    known = [(row.prompt, row) for row in rows if row.stem == file.stem and prompt in (None, row.prompt)]
+    if known or prompt is not None:
+        return known or [(prompt, None)]
+    raise WorkflowError(f"{file}: found no prompt for it, accepted: --prompt TEXT (\"\" where the reward needs none), or a row of the table of "
+                        f"published scores whose picture is called {file.stem!r}")
+
+
+def _sample(file: Path):
+    """A picture [H, W, 3] or a video [F, H, W, 3], in 0..1. Raises WorkflowError where the file is neither."""
+    from PIL import Image
+
+    from comfy_dancegrpo.runs import pictures, video
+
+    try:
+        if file.suffix.lower() in VIDEOS:
+            return video.read(file)[0]
+        with Image.open(file) as image:
+            return pictures.to_tensor(image)[0]
+    except (OSError, ValueError) as error:
+        raise WorkflowError(f"{file}: it cannot be read as a picture or a video ({error})") from None
+
+
+def lines(found: Sequence[Checked]) -> Iterator[str]:
+    """The table, and what stands behind the published numbers."""
+    yield f"{'ours':>10}  {'published':>10}  {'difference':>10}"
+    for row in found:
+        theirs = row.published.score if row.published else None
+        cells = f"{theirs:10.4f}  {row.ours - theirs:+10.4f}" if theirs is not None else f"{'':>10}  {'':>10}"
+        yield f"{row.ours:10.4f}  {cells}  {row.file.name}  {row.prompt}"
+    for weights, source in dict.fromkeys((r.published.weights, r.published.source) for r in found if r.published and r.published.score is not None):
+        yield f"published{f' for {weights}' if weights else ''}{f': {source}' if source else ''}"
