@@ -1,5 +1,6 @@
 """Encoded prompts on disk: the same tensors, read in place of the encoders, through damage, other models and several processes."""
 
+import contextlib
 import dataclasses
 import os
 import shutil
@@ -148,3 +149,61 @@ def test_encoders_are_moved_once_for_the_prompts_of_many_iterations(here, monkey
     for _ in range(2):
         cache.get(("another",), SIZE, upcoming=("another", *PROMPTS, "a third", "a third"))
     assert asked == ["another", PROMPTS[1], "a third"] and moved[2:] == ["meta", "cpu"]  # what was encoded before is not again
+
+
+class Counting:
+    """A policy whose prompts are numbers, of 400 bytes each."""
+
+    prompt_cache, device = "memory", torch.device("cpu")
+
+    def __init__(self):
+        self.asked = []
+
+    def check(self, prompts):
+        pass
+
+    def encoding(self):
+        return contextlib.nullcontext()
+
+    def condition(self, prompts, size):
+        self.asked += prompts
+        return Conditioning({"c": torch.full((1, 100), float(prompts[0]))})
+
+
+def encoded(cache, *numbers, upcoming=()):
+    found = cache.get(map(str, numbers), SIZE, map(str, upcoming)).tensors["c"]
+    assert found[:, 0].tolist() == list(map(float, numbers))
+
+
+def test_what_is_kept_in_memory_is_bounded_and_the_longest_unused_goes():
+    policy = Counting()
+    cache = PromptCache(policy, limit=1200)
+    encoded(cache, 1, 2, 3)
+    assert cache.held == 1200
+    encoded(cache, 1, 4)  # 2 goes, as 1 was used since
+    assert cache.held == 1200
+    encoded(cache, 1, 3, 4)
+    assert policy.asked == ["1", "2", "3", "4"]
+    encoded(cache, 2)
+    assert policy.asked[4:] == ["2"]  # and 1 goes
+    encoded(cache, 3, 4, 2), encoded(cache, 1)
+    assert policy.asked[5:] == ["1"]
+    encoded(cache, 5, 6, 7, 8, 9)  # more than it may keep, in one call
+    assert cache.held == 2000
+    encoded(cache, 5)
+    assert cache.held == 1200 and policy.asked[6:] == ["5", "6", "7", "8", "9"]
+    for number in range(50):
+        encoded(cache, number)
+        assert cache.held <= 1200
+
+
+def test_no_more_is_encoded_ahead_than_is_kept(monkeypatch):
+    policy = Counting()
+    monkeypatch.setattr(torch.Tensor, "to", lambda tensor, *where: tensor)  # to the pretended accelerator
+    policy.device = torch.device("cuda")
+    cache = PromptCache(policy, limit=1200)
+    encoded(cache, 1, 2)
+    encoded(cache, 3, upcoming=(3, 4, 1, 5, 6, 7, 8))
+    assert policy.asked == ["1", "2", "3", "4"] and cache.held == 1200  # 2 went, not the upcoming 1
+    encoded(cache, 4, 1)
+    assert policy.asked == ["1", "2", "3", "4"]

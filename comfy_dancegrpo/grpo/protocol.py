@@ -125,7 +125,7 @@ class Rollout:
     """One iteration's samples, N of them in P groups.
 
     prompts: N texts. groups: [N] int64, the group (prompt slot) of each sample. indices: [N] int64, its place in the group.
-    conditioning: P rows. states: [N, T, ...] float32, the latents before each step. log_probs: [N, T - 1] float32, of the
+    conditioning: P rows. states: [N, T, ...] float32 on the CPU, the latents before each step. log_probs: [N, T - 1] float32, of the
     transitions that may be trained (all but the last). pictures: [N, H, W, 3] (videos [N, F, H, W, 3]) float32, 0..1, on the CPU.
     version: of the policy that it was sampled from. iteration: from 0.
     """

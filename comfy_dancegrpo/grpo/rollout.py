@@ -88,7 +88,7 @@ def sample(policy: Denoiser, request: Request, conditioning: Conditioning, plan:
         decoding = time.perf_counter()
         decoded = policy.decode(latents, plan)
         if record:
-            states.append(torch.stack(path, 1)[:real])
+            states.append(torch.stack(path, 1)[:real].cpu())  # until it is replayed it would lie idle on an accelerator
         if densities:
             log_probs.append(torch.stack(densities, 1)[:real])
         pictures.append(decoded[:real].float().cpu())

@@ -124,15 +124,20 @@ def update(learner: Learner, advantages: Advantages, settings: UpdateSettings,
 def _accumulate(learner: Learner, advantages: Advantages, pairs: list[tuple[int, int]], clip_range: float,
                 calls: CallCount) -> Iterator[tuple[Tensor, Tensor]]:
     """Adds the gradient of the pairs' mean loss; yields (losses, ratios) [real rows], detached, by micro-batch."""
-    rollout, device = advantages.scores.rollout, advantages.scores.rollout.states.device
+    rollout, device = advantages.scores.rollout, advantages.scores.rollout.plan.grid.levels.device
     every_sample, every_step = (torch.tensor(column, device=device) for column in zip(*pairs))
     for rows, real in micro_batches(len(pairs), rollout.micro_batch):
         samples, steps = every_sample[rows.to(device)], every_step[rows.to(device)]
-        gaussian = step(learner.policy, rollout.states[samples, steps], steps,
+        gaussian = step(learner.policy, _states(rollout, samples, steps, device), steps,
                         rollout.conditioning.rows(rollout.groups.to(device)[samples]), rollout.plan, calls, real)
         loss, ratio = objectives.clipped(
-            log_prob(rollout.states[samples, steps + 1], gaussian), rollout.log_probs[samples, steps],
+            log_prob(_states(rollout, samples, steps + 1, device), gaussian), rollout.log_probs[samples, steps],
             advantages.values.to(device)[samples], clip_range,
         )
         (loss[:real].sum() / len(pairs)).backward()
         yield loss[:real].detach(), ratio[:real].detach()
+
+
+def _states(rollout: Rollout, rows: Tensor, steps: Tensor, device: torch.device) -> Tensor:
+    """[B, ...] on the device that computes, of the trajectories in main memory."""
+    return rollout.states[rows.to(rollout.states.device), steps.to(rollout.states.device)].to(device)

@@ -22,41 +22,67 @@ from ..policies.base import Policy
 from ..workflow.host import host
 
 FOLDER = "prompt_cache"  # in the output folder
+IN_MEMORY = 4 * 2**30  # bytes of encoded prompts that are kept in main memory: a thousand of FLUX.1
 
 
 class PromptCache:
     """Of one policy. On disk a prompt is a file, named after all that its encoding depends on: the model's files (paths, sizes, times),
-    dtype, text, picture, size of the sample, and the versions of the libraries. A file that is damaged is made anew."""
+    dtype, text, picture, size of the sample, and the versions of the libraries. A file that is damaged is made anew.
 
-    def __init__(self, policy: Policy):
-        self._policy = policy
-        self._memory: dict[tuple[str, Size], Conditioning] = {}
+    In memory are at most `limit` bytes beside the prompts of the call under way, the latest used ones; nothing of what is on disk. `held` counts them.
+    """
+
+    def __init__(self, policy: Policy, limit: int = IN_MEMORY):
+        self._policy, self.held = policy, 0
+        self._limit = 0 if policy.prompt_cache == "disk" else limit
+        self._memory: dict[tuple[str, Size], Conditioning] = {}  # the longest unused first
         self._folder = host().output_folder / FOLDER if policy.prompt_cache == "disk" else None
         self._identity = _identity(policy) if self._folder else ""
 
     def get(self, prompts: Iterable[str], size: Size, upcoming: Iterable[str] = ()) -> Conditioning:
         """A row a prompt, on the policy's device. Each is encoded alone, once: its encoding does not depend on which others came with it.
 
-        Where one must be encoded, so are the `upcoming` ones: the text encoders are brought to an accelerator the fewer times.
+        Where one must be encoded, so are the `upcoming` ones, as far as there is room: the text encoders are brought to an accelerator the fewer times.
         """
         prompts = tuple(prompts)
         self._policy.check(prompts)
-        if self._folder is not None:  # the rest is found there again
-            wanted = {(prompt, size) for prompt in prompts}
-            self._memory = {key: value for key, value in self._memory.items() if key in wanted}
+        wanted = {(prompt, size) for prompt in prompts}
+        for prompt in prompts:
+            if (prompt, size) in self._memory:
+                self._memory[prompt, size] = self._memory.pop((prompt, size))  # the latest used
         if missing := self._missing(prompts, size):
-            ahead = () if self._policy.device.type == "cpu" else self._missing(upcoming, size)
+            upcoming = () if self._policy.device.type == "cpu" else tuple(upcoming)
+            ahead = self._missing(upcoming, size)
+            kept = wanted if self._folder is not None else wanted | {(prompt, size) for prompt in upcoming}
+            last = 0
             with torch.no_grad(), self._policy.encoding():
                 for prompt in dict.fromkeys([*missing, *ahead]):
+                    if self._folder is None and (prompt, size) not in wanted and not self._make_room(kept, last):
+                        break
                     found = self._policy.condition([prompt], size).tensors
-                    self._memory[prompt, size] = Conditioning({name: value.cpu() for name, value in found.items()})
+                    last = self._keep(prompt, size, {name: value.cpu() for name, value in found.items()})
                     self._write(prompt, size)
+        self._make_room(wanted)
         joined = Conditioning.join([self._memory[prompt, size] for prompt in prompts])
         return Conditioning({name: value.to(self._policy.device) for name, value in joined.tensors.items()})
 
     def _missing(self, prompts: Iterable[str], size: Size) -> list[str]:
         """Those that are neither in memory nor on disk; what is on disk is in memory afterwards."""
         return [prompt for prompt in dict.fromkeys(prompts) if (prompt, size) not in self._memory and not self._read(prompt, size)]
+
+    def _keep(self, prompt: str, size: Size, tensors: dict[str, Tensor]) -> int:
+        """Its bytes."""
+        self._memory[prompt, size] = Conditioning(tensors)
+        self.held += (added := _bytes(self._memory[prompt, size]))
+        return added
+
+    def _make_room(self, kept: set[tuple[str, Size]], more: int = 0) -> bool:
+        """Lets go of the longest unused, though none of those kept. Whether there is now room for so many bytes more."""
+        for key in [key for key in self._memory if key not in kept]:
+            if self.held + more <= self._limit:
+                break
+            self.held -= _bytes(self._memory.pop(key))
+        return self.held + more <= self._limit
 
     # -- on disk ------------------------------------------------------------------------------------------------------
     def _path(self, prompt: str, size: Size) -> Path:
@@ -76,7 +102,7 @@ class PromptCache:
         if not whole:
             host().say(f"the encoded prompt {path} is damaged; it is made anew")
             return False
-        self._memory[prompt, size] = Conditioning(tensors)
+        self._keep(prompt, size, tensors)
         return True
 
     def _write(self, prompt: str, size: Size) -> None:
@@ -93,6 +119,10 @@ class PromptCache:
 def encode(policy: Policy, prompts: Iterable[str], size: Size) -> Conditioning:
     """The prompts of one call, a row each."""
     return PromptCache(policy).get(prompts, size)
+
+
+def _bytes(conditioning: Conditioning) -> int:
+    return sum(value.nbytes for value in conditioning.tensors.values())
 
 
 def _digest(tensors: dict[str, Tensor]) -> str:
