@@ -150,6 +150,7 @@ test("what is said below a run that this server does not train", async () => {
   await note({ ...B, note: { key: "elsewhere" } });
   await note({ name: "c", state: "interrupted", kept: 40, note: { key: "cut_off", kept: 40 } });
   await note({ name: "c", state: "interrupted", kept: 0, note: { key: "cut_off_at_once", kept: 0 } });
+  await note({ name: "c", state: "stopped", stopped_by: "why", note: { key: "stopped_by", reason: "why" } });
   await note({ ...A, note: null });
 });
 

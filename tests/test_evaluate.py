@@ -43,8 +43,42 @@ def test_contact_sheet_takes_pictures_of_several_sizes():
     assert sheet.width >= 40 and sheet.height >= 16
 
 
+ROW = {"reward_mean": 0.1, "reward_std": 0.2, "group_std": 0.1, "clip_fraction": 0.0, "grad_norm": 1.0}
+
+
 def test_curves_of_one_iteration_and_of_many():
-    row = {"reward_mean": 0.1, "reward_std": 0.2, "group_std": 0.1, "clip_fraction": 0.0, "grad_norm": 1.0}
     for count in (1, 40):
-        image = curves(tuple({**row, "iteration": i + 1} for i in range(count)), "run", 640, 480)
+        image = curves(tuple({**ROW, "iteration": i + 1} for i in range(count)), "run", 640, 480)
         assert image.size == (640, 480) and len(image.getcolors(640 * 480)) > 10
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """`drawn(...)`: the curves, by title: (x, y) of their lines."""
+    from matplotlib.figure import Figure
+
+    figures, made = [], Figure.subplot_mosaic
+    monkeypatch.setattr(Figure, "subplot_mosaic", lambda self, *args, **named: (figures.append(self), made(self, *args, **named))[1])
+
+    def draw(rows, **options):
+        assert curves(tuple(rows), "run", 960, 960, **options).size == (960, 960)
+        return {axes.get_title(): (list(axes.lines[0].get_xdata()), list(axes.lines[0].get_ydata())) for axes in figures[-1].axes}
+
+    return draw
+
+
+def test_curves_show_what_watch_found_every_reward_that_trains_and_on_request_the_pictures(drawn):
+    pictures = {"sharpness": 90.0, "saturation": 0.1, "grid": -0.5, "near_duplicates": 0.0}
+    trained = {"clip_score": {"mean": 0.5, "std": 0.1, "weight": 1.0}, "jpeg_size": {"mean": 1.5, "std": 0.1, "weight": -0.5}}
+    rows = [{**ROW, "iteration": i + 1, "pictures": pictures, "rewards": trained} for i in range(4)]
+    watched = [{"iteration": 0, "rewards": {"exact": 0.7}}, {"iteration": 4, "rewards": {"exact": 0.6}}]
+    found = drawn(rows, watched=watched, statistics=True)
+    assert found["exact, watched on held-out prompts"] == ([0, 4], [0.7, 0.6])
+    assert found["clip_score, trained on (weight 1)"] == ([1, 2, 3, 4], [0.5] * 4) and found["jpeg_size, trained on (weight -0.5)"][1] == [1.5] * 4
+    assert found["sharpness"][1] == [90.0] * 4 and found["near-duplicates in a group"][1] == [0.0] * 4 and found["gradient norm"][1] == [1.0] * 4
+    assert drawn(rows).keys() == found.keys() - {"exact, watched on held-out prompts", "sharpness", "saturation", "grid artefacts", "near-duplicates in a group"}
+
+
+def test_curves_of_a_run_from_before_the_statistics_were_written(drawn):
+    found = drawn([{**ROW, "iteration": 1}, {**ROW, "iteration": 2, "pictures": {"sharpness": 5.0}}], statistics=True)
+    assert math.isnan(found["sharpness"][1][0]) and found["sharpness"][1][1] == 5.0

@@ -145,6 +145,18 @@ def test_an_unfinished_line_is_left_out_until_it_is_whole(tmp_path):
     assert live.read(tmp_path)["columns"]["iteration"] == [1, 2]
 
 
+def test_what_watch_found_and_why_it_stopped_the_run(tmp_path):
+    (tmp_path / "run.json").write_text('{"state": "stopped", "iterations": 10, "stopped_by": "clip_score is 0.3"}')
+    assert live.read(tmp_path)["watched"] == {"iteration": [], "rewards": {}}
+    evaluations = [{"iteration": 10 * k, "rewards": {"clip_score": 0.5 - k / 10, "exact": k}} for k in range(3)]
+    (tmp_path / "watch.jsonl").write_text("".join(json.dumps(values) + "\n" for values in evaluations))
+    seen = live.read(tmp_path)
+    assert seen["watched"] == {"iteration": [0, 10, 20], "rewards": {"clip_score": [0.5, 0.4, 0.3], "exact": [0, 1, 2]}}
+    assert seen["stopped_by"] == "clip_score is 0.3"
+    (tmp_path / "run.json").write_text('{"state": "finished", "iterations": 10, "stopped_by": "a former run\'s"}')
+    assert live.read(tmp_path)["stopped_by"] == ""
+
+
 def test_what_is_no_run(tmp_path, run):
     assert live.read(tmp_path) == {} == live.read(tmp_path / "none")
     (tmp_path / "run.json").write_text("{")

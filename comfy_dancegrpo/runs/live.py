@@ -26,7 +26,7 @@ KINDS = {"jpg": "image/jpeg", "webp": "image/webp"}  # of its files: pictures, a
 FPS = 16  # of those: Wan's own
 POINTS = 1000  # of a curve, at most
 COLUMNS = ("iteration", "reward_mean", "reward_std", "group_std", "clip_fraction", "approx_kl", "grad_norm", "ratio_deviation")
-_follower = metrics.Follower(COLUMNS)
+_follower, _watch = metrics.Follower(COLUMNS), metrics.Follower(("iteration", "rewards"))
 
 
 def write(folder: RunFolder, iteration: int, iterations: int, seconds_left: float, stats: UpdateStats) -> None:
@@ -69,7 +69,7 @@ def _write(folder: RunFolder, iteration: int, iterations: int, seconds_left: flo
 def read(path: Path) -> dict[str, Any]:
     """A run by its folder: how far it is, its curves (at most `POINTS` of each), its last group and its evaluations; {} for no run.
 
-    kept: iterations that a checkpoint covers. state: run.json's, or "stopping", or "interrupted" where its process is gone.
+    watched: what Watch found, {"iteration": [...], "rewards": {name: [...]}}; stopped_by: why it stopped the run. kept: iterations that a checkpoint covers. state: run.json's, or "stopping", or "interrupted" where its process is gone.
     """
     folder = RunFolder(path)
     try:
@@ -86,8 +86,15 @@ def read(path: Path) -> dict[str, Any]:
         "iteration": columns["iteration"][-1] if columns["iteration"] else 0,
         "kept": record.get("iterations", 0), "iterations": state.get("iterations", record.get("iterations", 0)),
         "seconds_left": state.get("seconds_left") if now == "running" else None,
-        "columns": columns, "group": group, "evaluations": _json(path / "summary.json").get("evaluations", {}),
+        "columns": columns, "watched": _watched(folder), "stopped_by": record.get("stopped_by", "") if now == "stopped" else "",
+        "group": group, "evaluations": _json(path / "summary.json").get("evaluations", {}),
     }
+
+
+def _watched(folder: RunFolder) -> dict[str, Any]:
+    found = _watch.columns(folder.watch, POINTS)
+    names = found["rewards"][0] if found["rewards"] else ()
+    return {"iteration": found["iteration"], "rewards": {name: [row.get(name) for row in found["rewards"]] for name in names}}
 
 
 def list_runs(output: Path) -> list[dict[str, Any]]:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import math
 import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from ..pixels import to_bytes
+from . import picture_statistics
 from .evaluate import Evaluation
 
 PAPER, INK, FAINT, GOOD, BAD = (255, 255, 255), (30, 30, 30), (120, 120, 120), (20, 130, 60), (190, 40, 40)
@@ -76,35 +80,61 @@ def contact_sheet(pictures: list[Tensor]) -> Image.Image:
     return sheet
 
 
-def curves(rows: tuple[dict[str, Any], ...], title: str, width: int = 960, height: int = 640) -> Image.Image:
-    """Reward with its spread, the spread within groups, clip fraction and KL, gradient norm, against the iteration."""
+def curves(rows: tuple[dict[str, Any], ...], title: str, width: int = 960, height: int = 640, watched: Sequence[dict[str, Any]] = (),
+           statistics: bool = False) -> Image.Image:
+    """Reward with its spread, the spread within groups, clip fraction, gradient norm, against the iteration.
+
+    Where several rewards train, each of them too. watched: a run's evaluations by Watch, a panel each reward. statistics: those of the pictures.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width / 100, height / 100), dpi=100, layout="constrained")
-    top, *below = figure.subplot_mosaic([["reward"] * 3, ["spread", "clip", "norm"]], height_ratios=[2, 1]).values()
+    panels = [{"reward": (title, None)}]
     iterations = np.array([r["iteration"] for r in rows])
 
-    def values(key: str) -> np.ndarray:
-        return np.array([r[key] for r in rows], dtype=float)
+    def values(*keys: str) -> np.ndarray:  # of rows from before a column was written it has none
+        found = (functools.reduce(lambda value, key: value.get(key, {}), keys, r) for r in rows)
+        return np.array([np.nan if value == {} else value for value in found], dtype=float)
 
-    mean, std = values("reward_mean"), values("reward_std")
-    top.fill_between(iterations, mean - std, mean + std, alpha=0.15, linewidth=0)
-    top.plot(iterations, mean, alpha=0.45, linewidth=1, label="reward of the iteration's samples (band: their spread)")
-    window = max(1, len(rows) // 12)
-    if len(rows) >= 2 * window:
-        smooth = np.convolve(mean, np.ones(window) / window, mode="valid")
-        top.plot(iterations[window - 1:], smooth, color="C0", linewidth=2.2, label=f"mean of {window} iterations")
-    top.set_title(title)
-    top.legend(loc="lower right", frameon=False)
-    for axes, key, name in zip(below, ("group_std", "clip_fraction", "grad_norm"),
-                               ("spread within groups", "share of clipped ratios", "gradient norm")):
-        axes.plot(iterations, values(key), linewidth=1.2)
-        axes.set_title(name, fontsize=10)
-        axes.set_xlabel("iteration", fontsize=9)
-    for axes in (top, *below):
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(alpha=0.2)
+    if len(rewards := rows[-1].get("rewards", {})) > 1:
+        for some in (list(rewards)[i:i + 4] for i in range(0, len(rewards), 4)):
+            panels.append({f"reward {name}": (f"{name}, trained on (weight {rewards[name]['weight']:g})", values("rewards", name, "mean")) for name in some})
+    if watched:
+        panels.append({f"watch {name}": (f"{name}, watched on held-out prompts", [r["rewards"][name] for r in watched]) for name in watched[0]["rewards"]})
+    usual = {"group_std": "spread within groups", "clip_fraction": "share of clipped ratios", "grad_norm": "gradient norm"}
+    panels.append({key: (name, values(key)) for key, name in usual.items()})
+    if statistics:
+        panels.append({f"pictures {key}": (name, values("pictures", key)) for key, name in picture_statistics.NAMES.items()})
+
+    figure = Figure(figsize=(width / 100, height / 100), dpi=100, layout="constrained")
+    columns = math.lcm(*map(len, panels))
+    mosaic = [[key for key in line for _ in range(columns // len(line))] for line in panels]
+    axes = figure.subplot_mosaic(mosaic, height_ratios=[2, *[1] * (len(panels) - 1)])
+    _reward(axes.pop("reward"), iterations, values("reward_mean"), values("reward_std"), title)
+    for key, (name, column) in ((key, panel) for line in panels[1:] for key, panel in line.items()):
+        there = axes[key]
+        if key.startswith("watch "):
+            there.plot([r["iteration"] for r in watched], column, color="C1", linewidth=1.6, marker=".")
+        else:
+            there.plot(iterations, column, linewidth=1.2)
+        there.set_title(name, fontsize=10)
+        there.set_xlim(0, iterations[-1] + 1)
+    for key in panels[-1]:
+        axes[key].set_xlabel("iteration", fontsize=9)
+    for there in figure.axes:
+        there.spines[["top", "right"]].set_visible(False)
+        there.grid(alpha=0.2)
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     return Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3].copy())
+
+
+def _reward(axes, iterations: np.ndarray, mean: np.ndarray, std: np.ndarray, title: str) -> None:
+    axes.fill_between(iterations, mean - std, mean + std, alpha=0.15, linewidth=0)
+    axes.plot(iterations, mean, alpha=0.45, linewidth=1, label="reward of the iteration's samples (band: their spread)")
+    window = max(1, len(mean) // 12)
+    if len(mean) >= 2 * window:
+        smooth = np.convolve(mean, np.ones(window) / window, mode="valid")
+        axes.plot(iterations[window - 1:], smooth, color="C0", linewidth=2.2, label=f"mean of {window} iterations")
+    axes.set_title(title)
+    axes.legend(loc="lower right", frameon=False)

@@ -37,6 +37,8 @@ export class View {
     this.makeProgress();
     this.evaluations = make("div", "evaluations", this.body);
     this.makeCharts();
+    this.watched = make("div", "small", this.body);
+    [this.watchCharts, this.watched.hidden] = [[], true];
     this.makeGroup();
     this.empty = make("div", "empty", this.root);
     this.say(make("p", "empty-title", this.empty), "empty_title");
@@ -62,7 +64,8 @@ export class View {
   translate(text, watch) {
     this.text = text;
     for (const [element, key, property] of this.fixed) element[property] = text(key);
-    this.options = this.shownKey = this.evaluations.dataset.key = "";
+    this.options = this.shownKey = this.watchedKey = this.evaluations.dataset.key = "";
+    this.makeWatched([]);
     this.update(watch);
     this.mark(this.marked ?? null);
   }
@@ -118,6 +121,7 @@ export class View {
     this.updateProgress(run);
     this.updateEvaluations(run.evaluations ?? {});
     this.updateCurves(run);
+    this.updateWatched(run);
     this.updateGroup(run);
   }
 
@@ -175,6 +179,36 @@ export class View {
       chart.show([x, columns[column], ...(spread ? band(columns[column], columns[spread]) : [])], range);
     }
     this.mark(this.marked ?? null);
+  }
+
+  /** A chart for each watch reward, in one row; they appear with the first evaluation. */
+  updateWatched({ name, columns, watched, iterations }) {
+    const key = JSON.stringify([name, watched, columns.iteration.at(-1), iterations]);
+    if (key === this.watchedKey) return;
+    this.watchedKey = key;
+    const rewards = Object.keys(watched?.rewards ?? {});
+    this.watched.hidden = !rewards.length;
+    if (JSON.stringify(this.watchCharts.map((shown) => shown.reward)) !== JSON.stringify(rewards)) this.makeWatched(rewards);
+    const [, last] = xRange(columns.iteration.at(-1) ?? 0, iterations);
+    for (const { reward, chart, readout } of this.watchCharts) {
+      const values = watched.rewards[reward];
+      chart.show([watched.iteration, values], [0, last]); // the first evaluation is from before training
+      write(readout, this.text("watch_now", { value: figure(values.at(-1)), change: signed(values.at(-1) - values[0], null) }));
+    }
+  }
+
+  makeWatched(rewards) {
+    for (const { chart } of this.watchCharts) chart.end();
+    this.watched.replaceChildren();
+    this.watched.style.gridTemplateColumns = `repeat(${rewards.length}, minmax(0, 1fr))`;
+    this.watchCharts = rewards.map((reward) => {
+      const figureBox = make("div", "curve", this.watched);
+      const head = make("div", "curve-head", figureBox);
+      make("span", "curve-title", head, reward).title = this.text("watched_tip", { name: reward });
+      const readout = make("span", "readout", head);
+      const chart = new Chart(make("div", "plot", figureBox), { spread: false, yRange: (data) => yRange(data.slice(1)), rows: 15, colours: () => this.colours, hover: () => {} });
+      return { reward, chart, readout };
+    });
   }
 
   /** Shows the point under the cursor in every chart, or the last one. */
@@ -244,7 +278,7 @@ export class View {
     this.colours = dark
       ? { line: "#60a5fa", band: "rgba(96, 165, 250, 0.22)", grid: "rgba(255, 255, 255, 0.09)", text: "#a3a3a3" }
       : { line: "#2563eb", band: "rgba(37, 99, 235, 0.16)", grid: "rgba(0, 0, 0, 0.09)", text: "#5f6368" };
-    for (const { chart } of this.charts) chart.redraw();
+    for (const { chart } of [...this.charts, ...this.watchCharts ?? []]) chart.redraw();
   }
 
   textColour() {
@@ -261,6 +295,6 @@ export class View {
   end() {
     this.seen.disconnect();
     this.themes.disconnect();
-    for (const { chart } of this.charts) chart.end();
+    for (const { chart } of [...this.charts, ...this.watchCharts]) chart.end();
   }
 }

@@ -139,6 +139,7 @@ export class Watch {
     const { run } = this;
     if (this.error) return this.error;
     if (run?.state === "running" && this.active?.run !== run.name) return { key: "elsewhere" };
+    if (run?.stopped_by) return { key: "stopped_by", reason: run.stopped_by };
     if (run?.state === "interrupted") return { key: run.kept ? "cut_off" : "cut_off_at_once", kept: run.kept };
     return null;
   }
