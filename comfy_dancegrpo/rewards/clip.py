@@ -65,7 +65,8 @@ def model(folder: Path) -> CLIPModel:
 
 def tokenizer(folder: Path):
     if not ((folder / "tokenizer.json").is_file() or all((folder / name).is_file() for name in ("vocab.json", "merges.txt"))):
-        raise RunError(f"{folder}: it has no tokenizer.json, and no vocab.json with merges.txt")  # transformers would make an empty one up
+        # transformers would make up an empty one
+        raise RunError(f"{folder}: it has no tokenizer.json, and no vocab.json with merges.txt; accepted: a base that has them")
     try:
         return CLIPTokenizerFast.from_pretrained(folder, local_files_only=True)
     except _FAULTS as error:

@@ -14,11 +14,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from . import clip, open_clip
 from .base import Source
-
-MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # OpenAI's
 
 
 def load(source: Source) -> clip.Clip:
@@ -42,5 +41,5 @@ def preprocessed(pictures: Sequence[np.ndarray], size: int) -> Tensor:
             pixels = F.interpolate(pixels[None], (height, width), mode="bicubic", align_corners=False, antialias=True)[0]
         above, left = (size - height) // 2, (size - width) // 2
         squares.append(F.pad(pixels, (left, size - width - left, above, size - height - above)))
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD))
     return (torch.stack(squares) - mean) / std
