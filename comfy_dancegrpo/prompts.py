@@ -16,17 +16,20 @@ from .workflow.host import host, inside
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+    from torch import Tensor
 
 SUFFIXES = (".txt", ".jsonl", ".csv")
 
 
 @dataclass(frozen=True)
 class Reference:
-    """A reference picture (to be edited, or a video's first frame). name: its path. key: tells contents apart, without reading them."""
+    """A reference picture (to be edited, or a video's first frame). name: its path, or where else it is from. key: tells contents apart, without
+    reading them. content: its sha256, where that is known already."""
 
     name: str
     key: str
     read: Callable[[], Image] = field(compare=False, repr=False)
+    content: str = ""
 
     @classmethod
     def of_file(cls, path: Path) -> Reference:
@@ -38,8 +41,22 @@ class Reference:
         status = path.stat()
         return cls(str(path), f"{path.resolve()}:{status.st_size}:{status.st_mtime_ns}", read)
 
+    @classmethod
+    def of_pixels(cls, pixels: Tensor) -> Reference:
+        """Of a picture [H, W, C] in 0..1, at least RGB; kept in 8 bits."""
+        rounded = (pixels[..., :3].clamp(0, 1) * 255).round().byte().cpu().numpy()
+        content = hashlib.sha256(repr(rounded.shape).encode() + rounded.tobytes()).hexdigest()
+
+        def read() -> Image:
+            import PIL.Image
+
+            return PIL.Image.fromarray(rounded)
+        return cls("of the IMAGE wire", content, read, content)
+
     def digest(self) -> str:
         """sha256 of its bytes: the same wherever it lies. Raises `RunError` where it cannot be read."""
+        if self.content:
+            return self.content
         try:
             return hashlib.sha256(Path(self.name).read_bytes()).hexdigest()
         except OSError as error:
@@ -166,3 +183,14 @@ def _csv(text: str) -> list[tuple[str, str]]:
     if "prompt" not in (rows.fieldnames or ()):
         raise ValueError(f'found the columns {rows.fieldnames}, accepted: one named "prompt"')
     return [(row["prompt"] or "", row.get("image") or "") for row in rows]
+
+
+def pictured(prompts: list[str], images: Tensor) -> list[Prompt]:
+    """The prompts with these pictures [B, H, W, C]: one for all that have none of their own, or one for each in order.
+
+    Raises `RunError` for another number of pictures.
+    """
+    if len(images) not in (1, len(prompts)):
+        raise RunError(f'input "image": found {len(images)} pictures, accepted: one for all, or {len(prompts)}, one for each prompt')
+    references = [Reference.of_pixels(image) for image in images]
+    return [prompt if getattr(prompt, "picture", None) else Prompt(prompt, references[i % len(references)]) for i, prompt in enumerate(prompts)]

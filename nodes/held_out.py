@@ -35,5 +35,7 @@ def held_out(policy, prompts, rewards, steps, shift, guidance_scale, width, heig
         policy.latent_shape(size)
     except ValueError as error:
         raise RunError(f'inputs "width", "height" and "frames": {error}') from None
+    if line := policy.unseen(prompts.prompts):
+        host().say(line)
     plan = SamplingPlan(policy.time_grid(steps, shift, size), NOISELESS[policy.process], 0.0, guidance_scale, size)
     return HeldOut(prompts.prompts, tuple(r for r in rewards if r is not None), plan, noise_seed, batch_size, samples_per_prompt)

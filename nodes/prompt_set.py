@@ -21,8 +21,11 @@ class PromptSet:
         return {"required": {
             "text": ("STRING", {"default": "", "multiline": True, "tooltip": "Prompts, a line each. Added to the file's."}),
             "file": ("STRING", {"default": "", "tooltip": "A .txt (a line each), .jsonl or .csv file (\"prompt\") in the input folder; empty for none. "
-                                                          "shapes_train.txt, shapes_validation.txt and shapes_test.txt are built in."}),
+                                                          "Built in, each as _train and _test: shapes, pictures and videos (.txt), edits and first_frames (.jsonl)."}),
             "limit": wires.integer(0, 0, 1_000_000, "Takes the first so many; 0 takes all."),
+        }, "optional": {
+            "image": wires.socket("IMAGE", "A picture to be edited, or a video's first frame, for every prompt that has none of its own; or a batch, one for "
+                                           "each prompt in order."),
         }}
 
     @classmethod
@@ -36,7 +39,7 @@ class PromptSet:
         return True
 
     @classmethod
-    def IS_CHANGED(cls, text, file, limit):
+    def IS_CHANGED(cls, text, file, limit, image=None):
         """Changes with the file, and with the pictures that it names."""
         if not (file and file.strip()):
             return ""
@@ -50,6 +53,7 @@ class PromptSet:
             raise RunError('input "text": found no prompt, accepted: at least one, here or in "file"')
         return found
 
-    def read(self, text: str, file: str, limit: int):
+    def read(self, text: str, file: str, limit: int, image=None):
         found = self._prompts(text, file)
-        return (prompts.PromptList(tuple(found[:limit] if limit else found), file.strip() or "text"),)
+        taken = found[:limit] if limit else found
+        return (prompts.PromptList(tuple(taken if image is None else prompts.pictured(taken, image)), file.strip() or "text"),)

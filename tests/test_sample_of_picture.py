@@ -47,6 +47,19 @@ def test_a_first_frame_is_drawn_by_the_pipeline_that_takes_one():
     assert (made[pictured()[0]] - made[PROMPTS[0]]).abs().max() > 0.1
 
 
+@pytest.mark.parametrize("make, sees", [
+    (lambda: StableDiffusion("tiny", stable_diffusion.sd15(), torch.float32), False),
+    (lambda: Wan("tiny", wan.wan21(), torch.float32), False),
+    (lambda: Wan("tiny", wan.wan22_ti2v(), torch.float32), True),
+    (lambda: FluxKontext("tiny", flux_kontext.flux_kontext(), torch.float32), True),
+])
+def test_a_policy_says_of_how_many_prompts_it_does_not_see_the_pictures(make, sees):
+    policy = make()
+    assert policy.unseen(PROMPTS) is None
+    line = "'tiny' sees no pictures: those of 2 of 4 prompts are ignored, and their texts alone count"
+    assert policy.unseen((*PROMPTS, *pictured())) == (None if sees else line)
+
+
 CANNOT = {
     "a picture that is not seen": (lambda: StableDiffusion("tiny", stable_diffusion.sd15(), torch.float32), pictured()[1],
                                    f"found the prompt {PROMPTS[1]!r} with a picture, accepted by 'tiny': prompts without, since it sees none"),

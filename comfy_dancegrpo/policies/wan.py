@@ -65,7 +65,7 @@ class Wan(Policy):
         return tensors
 
     def pipeline_for(self, prompt: str):
-        if getattr(prompt, "picture", None) is None or isinstance(self.pipeline, WanImageToVideoPipeline):
+        if getattr(prompt, "picture", None) is None or not self.pipeline.config.expand_timesteps or isinstance(self.pipeline, WanImageToVideoPipeline):
             return self.pipeline
         other = WanImageToVideoPipeline(**self.pipeline.components, expand_timesteps=True)  # TI2V-5B is published as a WanPipeline
         other.set_progress_bar_config(disable=True)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -17,7 +16,7 @@ from ..policies.base import Policy
 
 def arguments(policy: Policy, prompt: str, size: Size, steps: int, guidance_scale: float) -> dict[str, Any]:
     """What `policy.pipeline_for(prompt)` is called with: its own names for these, and nothing that it does not take."""
-    takes = _takes(policy, prompt)
+    takes = policy.takes(prompt)
     true_cfg = policy.classifier_free and "true_cfg_scale" in takes
     given = {
         "prompt": str(prompt), "height": size.height, "width": size.width, "num_frames": size.frames, "num_inference_steps": steps,
@@ -32,10 +31,6 @@ def arguments(policy: Policy, prompt: str, size: Size, steps: int, guidance_scal
     return {name: value for name, value in given.items() if name in takes}
 
 
-def _takes(policy: Policy, prompt: str) -> Mapping[str, inspect.Parameter]:
-    return inspect.signature(policy.pipeline_for(prompt).__call__).parameters
-
-
 def draw(policy: Policy, prompts: tuple[str, ...], size: Size, steps: int, guidance_scale: float, seed: int,
          samples_per_prompt: int = 1, tick: Callable[[int, int], None] = lambda done, total: None) -> Iterator[Tensor]:
     """Each sample in turn, on the CPU: a picture [H, W, 3] or a video [F, H, W, 3], float32 in 0..1.
@@ -47,7 +42,7 @@ def draw(policy: Policy, prompts: tuple[str, ...], size: Size, steps: int, guida
     policy.latent_shape(size)
     for prompt in prompts:
         policy.check([prompt])
-        if getattr(prompt, "picture", None) is not None and "image" not in _takes(policy, prompt):
+        if policy.unseen([prompt]):
             raise RunError(f"found the prompt {str(prompt)!r} with a picture, accepted by {policy.name!r}: prompts without, since it sees none")
     total = len(prompts) * samples_per_prompt
     for n in range(total):
