@@ -109,6 +109,8 @@ def test_a_finished_run_is_opened_again_from_its_folder(nodes, quickstart, start
     (run / "run.json").write_text(json.dumps({"state": "finished", "iterations": 40}))
     rows = [{"iteration": i, "reward_mean": i / 100, "reward_std": 0.05, "clip_fraction": 0.1, "approx_kl": 1e-7} for i in range(1, 41)]
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    watched = [{"iteration": 10 * k, "rewards": {"clip_score": 0.5 - k / 10, "shapes_agreement": 0.7}} for k in range(5)]
+    (run / "watch.jsonl").write_text("".join(json.dumps(row) + "\n" for row in watched))
     samples = [{"file": f"40-{i}.jpg", "score": 0.9 - i / 10, "advantage": 1.5 - i} for i in range(4)]
     for i, sample in enumerate(samples):
         Image.fromarray(np.full((64, 64, 3), 60 * i, np.uint8)).save(run / "live" / sample["file"])
@@ -130,6 +132,9 @@ def test_a_finished_run_is_opened_again_from_its_folder(nodes, quickstart, start
     assert page.panel("prompt").text_content() == prompt  # text, not a tag
     assert page.panel("readout").first.text_content() == "0.4 ± 0.05"
     assert page.panel("cell").all_text_contents() == ["0.25", "0.3", "+0.05 ± 0.01"]
+    page.page.locator(".dancegrpo-small .uplot").nth(3).wait_for()  # clip fraction, KL, and one for each watch reward
+    assert page.panel("curve-title").all_text_contents()[3:] == ["clip_score", "shapes_agreement"]
+    assert page.panel("readout").all_text_contents()[3:5] == ["0.1 (−0.4)", "0.7 (0)"]
     over = page.page.locator(".dancegrpo-curve-main .u-over")
     over.hover(position={"x": 1, "y": 10})
     page.until("iteration 1:  0.01 ± 0.05", "readout")
