@@ -6,6 +6,7 @@ Every process executes the same graph. Collectives are called by all of them, in
 from __future__ import annotations
 
 import contextlib
+import datetime
 import functools
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -18,19 +19,18 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 T = TypeVar("T")
+_PATIENCE = datetime.timedelta(hours=12)  # whoever waits is not the one that hangs: the launcher watches for that, and a rollout may take an hour
 _BUCKET = 2**25  # numbers in one reduction: few calls, and no second copy of a whole model
 
 
 @functools.cache
 def _state():
-    import datetime
     import os
 
     from accelerate import PartialState
     from accelerate.utils import parse_flag_from_env
 
-    # whoever waits is not the one that hangs: the launcher watches for that, and a rollout may take an hour
-    timeout = {"timeout": datetime.timedelta(hours=12)} if int(os.environ.get("WORLD_SIZE", 1)) > 1 else {}
+    timeout = {"timeout": _PATIENCE} if int(os.environ.get("WORLD_SIZE", 1)) > 1 else {}
     # without being told, accelerate overlooks the other processes where there is no GPU
     return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not _accelerated(), **timeout)
 
@@ -92,7 +92,7 @@ def broadcast(value: T) -> T:
     import torch.distributed as dist
 
     box = [value if is_first() else None]
-    dist.broadcast_object_list(box, 0, device=_wire())
+    dist.broadcast_object_list(box, 0, group=_talk())
     return box[0]
 
 
@@ -132,9 +132,8 @@ def sum_over_all(tensors: Iterable[Tensor]) -> None:
 
     for bucket in _buckets(tensors):
         flat = torch.cat([tensor.reshape(-1) for tensor in bucket])
-        on_wire = flat.to(_wire()) if _wire().type != "cpu" or flat.device.type != "cpu" else flat
-        dist.all_reduce(on_wire)
-        for tensor, total in zip(bucket, on_wire.to(flat.device).split([tensor.numel() for tensor in bucket])):
+        dist.all_reduce(flat, group=_talk() if flat.device.type == "cpu" else None)
+        for tensor, total in zip(bucket, flat.split([tensor.numel() for tensor in bucket])):
             tensor.copy_(total.view_as(tensor))
 
 
@@ -151,27 +150,28 @@ def _buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
         yield bucket
 
 
-def gathered(rows: Tensor, places: Tensor, total: int) -> Tensor:
-    """[total, ...] on the CPU, in every process: its row `places[k]` is some process's `rows[k]`. Each place is held by one process.
+def gathered(rows: Tensor, places: Tensor, total: int, everywhere: bool = True) -> Tensor | None:
+    """[total, ...] on the CPU: its row `places[k]` is some process's `rows[k]`. Each place is held by one process.
 
-    Processes may hold different numbers of rows, also none, and then tell neither their shape nor their dtype.
+    In every process, or with everywhere=False in the first alone, None in the others. Processes may hold different numbers of rows,
+    also none, and then tell neither their shape nor their dtype.
     """
     if count() == 1:
         return _placed([(rows, places)], total)
     import torch
     import torch.distributed as dist
 
-    shapes = [None] * count()
-    dist.all_gather_object(shapes, (tuple(rows.shape), rows.dtype))
-    (shape, dtype), most = next((s for s in shapes if s[0][0]), shapes[0]), max(shape[0] for shape, _ in shapes)
-    padded = torch.zeros((most, *shape[1:]), dtype=dtype, device=_wire())
+    kinds: list[Any] = [None] * count()
+    dist.all_gather_object(kinds, (tuple(rows.shape), rows.dtype, places.tolist()), group=_talk())
+    (shape, dtype, _), most = next((kind for kind in kinds if kind[0][0]), kinds[0]), max(kind[0][0] for kind in kinds)
+    padded = torch.zeros((most, *shape[1:]), dtype=dtype)
     if len(rows):
-        padded[: len(rows)] = rows.to(_wire())
-    where = torch.full((most,), -1, dtype=torch.int64, device=_wire())
-    where[: len(rows)] = places.to(_wire())
-    every = [torch.empty_like(padded) for _ in shapes], [torch.empty_like(where) for _ in shapes]
-    dist.all_gather(every[0], padded), dist.all_gather(every[1], where)
-    return _placed([(part[: s[0][0]].cpu(), at[: s[0][0]].cpu()) for part, at, s in zip(*every, shapes)], total)
+        padded[: len(rows)] = rows.cpu()
+    parts = [torch.empty_like(padded) for _ in kinds] if everywhere or is_first() else None
+    dist.all_gather(parts, padded, group=_talk()) if everywhere else dist.gather(padded, parts, 0, group=_talk())
+    if parts is None:
+        return None
+    return _placed([(part[: len(at)], torch.tensor(at, dtype=torch.int64)) for part, (_, _, at) in zip(parts, kinds)], total)
 
 
 def _placed(parts: list[tuple[Tensor, Tensor]], total: int) -> Tensor:
@@ -192,13 +192,13 @@ def all_of(value: T) -> list[T]:
     import torch.distributed as dist
 
     values: list[Any] = [None] * count()
-    dist.all_gather_object(values, value)
+    dist.all_gather_object(values, value, group=_talk())
     return values
 
 
-def _wire() -> torch.device:
-    """Where tensors must be to travel: NCCL takes those of its GPU alone."""
-    import torch
+@functools.cache
+def _talk():
+    """The group by which all but gradients travels: from and to the CPU, also where NCCL joins the GPUs. None: the one that there is."""
     import torch.distributed as dist
 
-    return torch.device("cpu") if "gloo" in dist.get_backend() else device()
+    return None if "gloo" in dist.get_backend() else dist.new_group(backend="gloo", timeout=_PATIENCE)

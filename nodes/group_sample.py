@@ -61,4 +61,5 @@ class GroupSample:
 
         host().load(family)
         rollout = sample(family, request, policy.encode(prompts.prompts, size), plan, policy.learner.version, tick=tick)
-        return rollout, list(rollout.pictures) if rollout.pictures.ndim == 5 else [rollout.pictures]
+        pictures = rollout.every_picture  # None where only the first process has them: what shows or measures them runs there
+        return rollout, [pictures] if pictures is None or pictures.ndim == 4 else list(pictures)

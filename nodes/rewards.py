@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import time
 
-from comfy_dancegrpo import rewards
+from comfy_dancegrpo import processes, rewards
 from comfy_dancegrpo.errors import RunError
 
 from . import wires
@@ -34,6 +34,7 @@ class LoadReward:
             "frames": wires.integer(8, 1, 4096, "Of a video that are scored, evenly spread. Rewards of whole videos ignore it."),
             "frame_score": wires.choice(list(rewards.FRAME_SCORES), "Of the scored frames, what the video gets."),
             "device": ("STRING", {"default": "", "tooltip": "Where it computes: cpu, cuda:1 … Empty: where the policy does."}),
+            "fps": wires.number(rewards.FPS, 0.1, 240.0, "Frames a second of videos, for rewards of whole videos: fewer make the video longer.", 1.0),
         }}
 
     @classmethod
@@ -44,8 +45,9 @@ class LoadReward:
             return True
         return rewards.problem(reward, model, base, device) or True
 
-    def load(self, reward: str, model: str, batch_size: int, base=rewards.PUBLISHED, frames=8, frame_score="mean", device=""):
-        return (rewards.load(reward, model, batch_size, base, frames=frames, frame_score=frame_score, device=device),)
+    def load(self, reward: str, model: str, batch_size: int, base=rewards.PUBLISHED, frames=8, frame_score="mean", device="",
+             fps=rewards.FPS):
+        return (rewards.load(reward, model, batch_size, base, fps, frames=frames, frame_score=frame_score, device=device),)
 
 
 def _with(rollout, name: str, weight: float, values, earlier, seconds: float):
@@ -83,13 +85,19 @@ class Score:
 
     def score(self, rollout, reward, weight, images=None, scores=(None,)):
         start, rollout, reward = time.perf_counter(), rollout[0], reward[0]
-        values = reward(rollout.pictures if images is None else _samples(images, rollout), rollout.prompts)
+        pictures = rollout.pictures if images is None else _own(_samples(images, rollout), rollout)
+        values = processes.gathered(reward(pictures, rollout.own_prompts), rollout.places, rollout.size)
         return (_with(rollout, reward.name, weight[0], values, scores[0], time.perf_counter() - start),)
+
+
+def _own(samples, rollout):
+    """Of all samples those that this process drew."""
+    return samples[rollout.places] if hasattr(samples, "shape") else [samples[n] for n in rollout.places.tolist()]
 
 
 def _samples(images: list, rollout):
     """The samples that a list of IMAGEs holds: of a rollout of videos one each, however many frames one has; of pictures those of all batches in order."""
-    videos = rollout.pictures.ndim == 5
+    videos = rollout.plan.size.frames > 1
     if not videos and len(images) == 1 and len(images[0]) == rollout.size:
         return images[0]
     samples = list(images) if videos else [picture for batch in images for picture in batch]

@@ -19,6 +19,7 @@ def collectives():
         "count": count, "rank": rank, "mine": mine, "broadcast": processes.broadcast({"of": rank}), "all": processes.all_of(rank),
         "gathered": processes.gathered(rows, torch.tensor(mine), 7),
         "few": processes.gathered(torch.tensor([float(p) for p in few]), torch.tensor(few, dtype=torch.int64), 2),
+        "to_first": processes.gathered(rows, torch.tensor(mine), 7, everywhere=False),
         "sums": tensors, "first": processes.on_first(lambda: rank), "untold": processes.on_first(lambda: "mine", told=False),
         "errors": [caught(kind) for kind in ("run", "workflow", "other", "key")],
     }
@@ -44,6 +45,8 @@ def test_collectives(count, tmp_path):
         assert found["broadcast"] == {"of": 0} and found["all"] == list(range(count)) and found["first"] == 0
         assert torch.equal(found["gathered"], torch.tensor([[p, p * 10.0] for p in range(7)]))
         assert torch.equal(found["few"], torch.tensor([0.0, 1.0]))
+        to_first = found["to_first"]
+        assert torch.equal(to_first, found["gathered"]) if found["rank"] == 0 else to_first is None
         total = sum(range(1, count + 1))
         assert [t.unique().tolist() for t in found["sums"]] == [[total], [10 * total], [total]]
         assert [t.shape for t in found["sums"]] == [(3,), (2, 2), (5,)] and found["sums"][2].dtype == torch.float64

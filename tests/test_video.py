@@ -9,6 +9,7 @@ import torch
 from comfy_dancegrpo import nodes
 from comfy_dancegrpo.errors import RunError
 from comfy_dancegrpo.grpo.noise import generator
+from comfy_dancegrpo.grpo.protocol import SamplingPlan, Size
 from comfy_dancegrpo.nodes.comfy_core import PreviewImage
 from comfy_dancegrpo.nodes.rewards import Score
 from comfy_dancegrpo.nodes.save_video import SaveVideo
@@ -66,7 +67,9 @@ def test_a_video_scores_the_mean_of_its_frames():
 
 # -- the Score node -----------------------------------------------------------------------------------------------------
 def scored(pictures, images):
-    rollout = SimpleNamespace(pictures=pictures, prompts=("a",) * len(pictures), size=len(pictures))
+    prompts, frames = ("a",) * len(pictures), len(pictures[0]) if pictures.ndim == 5 else 1
+    rollout = SimpleNamespace(pictures=pictures, prompts=prompts, own_prompts=prompts, size=len(pictures), places=torch.arange(len(pictures)),
+                              plan=SamplingPlan(None, size=Size(8, 8, frames)))
     return Score().score(rollout=[rollout], reward=[Reward("r", brightness)], weight=[1.0], images=images)[0].columns[0].raw
 
 
@@ -141,7 +144,8 @@ def test_save_video_counts_on_and_shows_an_animation_where_there_are_pages(tmp_p
 def test_the_live_group_of_videos_moves_and_of_pictures_does_not(tmp_path):
     folder = RunFolder(tmp_path)
     for iteration, (shape, kind, frames) in enumerate([((2, 5, 16, 16, 3), "webp", 5), ((2, 16, 16, 3), "jpg", 1)], 1):
-        rollout = SimpleNamespace(pictures=torch.rand(shape), groups=torch.zeros(2), prompts=("a", "a"))
+        rollout = SimpleNamespace(every_picture=torch.rand(shape), groups=torch.zeros(2), prompts=("a", "a"),
+                                  plan=SamplingPlan(None, size=Size(8, 8, shape[1] if len(shape) == 5 else 1)))
         scores = SimpleNamespace(rollout=rollout, total=torch.tensor([0.0, 1.0]), columns=(SimpleNamespace(name="r"),))
         live.write(folder, iteration, 2, 0.0, SimpleNamespace(advantages=SimpleNamespace(scores=scores, values=torch.tensor([-1.0, 1.0]))))
         files = sorted(p.name for p in folder.live.iterdir() if p.suffix != ".json")

@@ -108,6 +108,9 @@ class CallCount:
             self.forward += samples
         self.padded += samples - real
 
+    def __add__(self, other: CallCount) -> CallCount:
+        return CallCount(self.forward + other.forward, self.backward + other.backward, self.padded + other.padded)
+
 
 @dataclass(frozen=True)
 class SamplingPlan:
@@ -122,22 +125,25 @@ class SamplingPlan:
 
 @dataclass(frozen=True)
 class Rollout:
-    """One iteration's samples, N of them in P groups.
+    """One iteration's samples, N of them in P groups, of which a process draws n and knows what all are.
 
     prompts: N texts. groups: [N] int64, the group (prompt slot) of each sample. indices: [N] int64, its place in the group.
-    conditioning: P rows. states: [N, T, ...] float32 on the CPU, the latents before each step. log_probs: [N, T - 1] float32, of the
-    transitions that may be trained (all but the last). pictures: [N, H, W, 3] (videos [N, F, H, W, 3]) float32, 0..1, on the CPU.
-    version: of the policy that it was sampled from. iteration: from 0.
+    places: [n] int64 ascending, which of the N were drawn here (all, with one process). conditioning: P rows.
+    states: [n, T, ...] float32 on the CPU, the latents before each step. log_probs: [n, T - 1] float32, of the transitions that may be
+    trained (all but the last). pictures: [n, H, W, 3] (videos [n, F, H, W, 3]) float32, 0..1, on the CPU; every_picture: those
+    of all N, in the first process; None in the others. version: of the policy that it was sampled from. iteration: from 0.
     """
 
     prompts: tuple[str, ...]
     groups: Tensor
     indices: Tensor
+    places: Tensor
     conditioning: Conditioning
     plan: SamplingPlan
     states: Tensor
     log_probs: Tensor
     pictures: Tensor
+    every_picture: Tensor | None
     version: tuple[str, int]
     seed: int
     iteration: int
@@ -148,6 +154,11 @@ class Rollout:
     @property
     def size(self) -> int:
         return len(self.prompts)
+
+    @property
+    def own_prompts(self) -> tuple[str, ...]:
+        """Of the n samples that were drawn here."""
+        return tuple(self.prompts[n] for n in self.places.tolist())
 
 
 @dataclass(frozen=True)

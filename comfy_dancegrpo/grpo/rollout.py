@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .. import processes
 from .forward import micro_batches, step
 from .gaussian import Gaussian, log_prob
 from .noise import generator
@@ -40,6 +41,16 @@ class Request:
     def indices(self) -> Tensor:
         return torch.arange(self.group_size).repeat(len(self.prompts))
 
+    @property
+    def places(self) -> Tensor:
+        """[n]: the samples that this process draws, of N; evenly spread over the order in which Update takes them, so that no process waits."""
+        return torch.tensor(sorted(processes.share(update_order(self.seed, self.iteration, len(self.groups)))), dtype=torch.int64)
+
+
+def update_order(seed: int, iteration: int, count: int) -> list[int]:
+    """The order in which an iteration's samples are taken into optimizer steps: a permutation keyed by (seed, iteration)."""
+    return torch.randperm(count, generator=generator("order", seed, iteration)).tolist()
+
 
 def initial_noise(request: Request, rows: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """[len(rows), *latent_shape] on the CPU."""
@@ -54,23 +65,24 @@ def initial_noise(request: Request, rows: Tensor, dtype: torch.dtype = torch.flo
 @torch.no_grad()
 def sample(policy: Denoiser, request: Request, conditioning: Conditioning, plan: SamplingPlan, version: tuple[str, int],
            initial: Tensor | None = None, tick: Callable[[int, int], None] = lambda done, total: None, record: bool = True) -> Rollout:
-    """Draws every sample of the request, micro-batch by micro-batch.
+    """Draws this process's share of the request, micro-batch by micro-batch.
 
     Args:
         conditioning: P rows. version: of the policy, carried by the rollout. initial: [N, *latent_shape], in place of the
-            request's own noise. tick: called after each micro-batch with (samples done, samples in all); it may raise to stop.
+            request's own noise. tick: called after each micro-batch with (samples done, samples of this process); it may raise to stop.
         record: False keeps the pictures alone, for what is never trained on; states are then [0].
 
     Returns:
         The rollout; its log_probs are 0 where the transition has no noise.
     """
     device, levels = plan.grid.levels.device, plan.grid.levels
-    steps, count, calls = plan.grid.steps, len(request.groups), CallCount()
+    places, steps, calls = request.places, plan.grid.steps, CallCount()
+    count = len(places)
     transition = TRANSITIONS[plan.transition]
     noisy = transition.stochastic and plan.eta > 0
     states, log_probs, pictures, seconds = [], [], [], {"denoise": 0.0, "decode": 0.0}
-    for rows, real in micro_batches(count, request.micro_batch):
-        start = time.perf_counter()
+    for own, real in micro_batches(count, request.micro_batch):
+        start, rows = time.perf_counter(), places[own]
         noise = initial_noise(request, rows, levels.dtype) if initial is None else initial[rows.to(initial.device)]
         x, batch = noise.to(device), conditioning.rows(request.groups[rows].to(device))
         sources = [generator("step", request.seed, request.iteration, g, i)
@@ -94,13 +106,16 @@ def sample(policy: Denoiser, request: Request, conditioning: Conditioning, plan:
         pictures.append(decoded[:real].float().cpu())
         seconds["denoise"] += decoding - start
         seconds["decode"] += time.perf_counter() - decoding
-        tick(min(int(rows[0]) + request.micro_batch, count), count)
+        tick(min(int(own[0]) + request.micro_batch, count), count)
+    none = levels.new_zeros(0)
+    drawn = torch.cat(pictures) if pictures else torch.zeros(0)
     return Rollout(
-        prompts=tuple(request.prompts[g] for g in request.groups.tolist()), groups=request.groups, indices=request.indices,
-        conditioning=conditioning, plan=plan, states=torch.cat(states) if record else levels.new_zeros(0),
-        log_probs=torch.cat(log_probs) if log_probs else levels.new_zeros(count, 0), pictures=torch.cat(pictures),
+        prompts=tuple(request.prompts[g] for g in request.groups.tolist()), groups=request.groups, indices=request.indices, places=places,
+        conditioning=conditioning, plan=plan, states=torch.cat(states) if states else none,
+        log_probs=torch.cat(log_probs) if log_probs else levels.new_zeros(count, steps - 1), pictures=drawn,
+        every_picture=processes.gathered(drawn, places, len(request.groups), everywhere=False) if processes.count() > 1 else drawn,
         version=version, seed=request.seed, iteration=request.iteration, micro_batch=request.micro_batch,
-        calls=calls, seconds=seconds,
+        calls=sum(processes.all_of(calls), CallCount()), seconds=seconds,
     )
 
 

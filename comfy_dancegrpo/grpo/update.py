@@ -10,12 +10,14 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from .. import processes
 from . import objectives
 from .forward import micro_batches, step
 from .gaussian import log_prob
 from .learner import Learner
 from .noise import generator
 from .protocol import Advantages, CallCount, Rollout
+from .rollout import update_order
 
 
 class StaleRollout(ValueError):
@@ -67,8 +69,7 @@ def shares(rollout: Rollout, trained: Tensor, settings: UpdateSettings) -> list[
 
     The shares are equal to within one pair, so that no step pays for a micro-batch of padding that its neighbour could fill.
     """
-    order = torch.randperm(rollout.size, generator=generator("order", rollout.seed, rollout.iteration)).tolist()
-    pairs = [(n, t) for n in order if trained[n] for t in chosen_transitions(rollout, n, settings.train_fraction)]
+    pairs = [(n, t) for n in update_order(rollout.seed, rollout.iteration, rollout.size) if trained[n] for t in chosen_transitions(rollout, n, settings.train_fraction)]
     parts = min(settings.optimizer_steps, len(pairs))
     return [pairs[k * len(pairs) // parts:(k + 1) * len(pairs) // parts] for k in range(parts)]
 
@@ -78,7 +79,8 @@ def update(learner: Learner, advantages: Advantages, settings: UpdateSettings,
     """Trains the learner's policy on a scored rollout (arXiv 2505.07818, algorithm 1).
 
     Each optimizer step accumulates the gradient of the mean clipped loss over its (sample, step) pairs, in micro-batches of
-    the rollout's shape. `tick(pairs done, pairs in all)` is called after each; it may raise to stop.
+    the rollout's shape: each process over the samples that it drew, and the sum over the processes is what is stepped along.
+    `tick(pairs done, pairs in all)`, of this process, is called after each; it may raise to stop.
 
     Raises:
         StaleRollout: the rollout is of another version of the policy. NotFinite: a loss or gradient is not a number.
@@ -87,19 +89,22 @@ def update(learner: Learner, advantages: Advantages, settings: UpdateSettings,
     if rollout.version != learner.version:
         raise StaleRollout(f"the rollout was sampled from version {rollout.version[1]} of {rollout.version[0]!r}, "
                            f"and the policy is at version {learner.version[1]} of {learner.version[0]!r}")
-    if rollout.log_probs.shape[1] == 0 or not bool((rollout.log_probs != 0).any()):
+    if rollout.log_probs.shape[1] == 0 or len(rollout.places) and not bool((rollout.log_probs != 0).any()):
         raise ValueError("the rollout has no noise, so it has no log-probabilities to train on: "
                          "sample with a stochastic transition, eta above 0 and at least 2 steps")
     parts, calls = shares(rollout, advantages.trained, settings), CallCount()
-    total, done = sum(map(len, parts)), 0
-    losses, ratios, norms = [], [], []
+    here = {n: row for row, n in enumerate(rollout.places.tolist())}
+    own = [[(n, t) for n, t in pairs if n in here] for pairs in parts]
+    total, done = sum(map(len, own)), 0
+    losses, ratios, norms = [], [[] for _ in parts], []
     learner.zero_grad()  # of an update that was interrupted
     with torch.inference_mode(False), torch.enable_grad():
-        for pairs in parts:
-            for loss, ratio in _accumulate(learner, advantages, pairs, settings.clip_range, calls):
-                losses.append(loss), ratios.append(ratio)
+        for pairs, pairs_here, ratios_here in zip(parts, own, ratios):
+            for loss, ratio in _accumulate(learner, advantages, pairs_here, here, len(pairs), settings.clip_range, calls):
+                losses.append(loss), ratios_here.append(ratio)
                 done += len(ratio)
                 tick(done, total)
+            _sum_gradients(learner)
             norm = learner.clip_grad_norm(settings.max_grad_norm)
             if not math.isfinite(norm):
                 learner.zero_grad()
@@ -108,33 +113,57 @@ def update(learner: Learner, advantages: Advantages, settings: UpdateSettings,
             learner.optimizer_step()
     learning_rate = learner.learning_rate
     learner.finish_iteration()
-    if not total:
+    every = _of_all([torch.cat(r) for r in ratios if r])
+    first = _of_all(ratios[0] if ratios else [])
+    found = _of_all(losses)
+    calls = sum(processes.all_of(calls), CallCount())
+    if not parts:
         return UpdateStats(0.0, 0.0, 0.0, 0.0, 0.0, learning_rate, 0, calls, time.perf_counter() - start, settings.clip_range, advantages)
-    every = torch.cat(ratios).cpu().double()  # float32 has no digit left of rho - 1 - log(rho) where rho is near 1
     return UpdateStats(
-        loss=torch.cat(losses).mean().item(),
-        ratio_deviation=(every[: len(parts[0])] - 1).abs().max().item(),
+        loss=found.mean().item(),
+        ratio_deviation=(first - 1).abs().max().item(),
         clip_fraction=((every - 1).abs() > settings.clip_range).double().mean().item(),
         approx_kl=(every - 1 - every.log()).mean().item(),
-        grad_norm=sum(norms) / len(norms), learning_rate=learning_rate, transitions=total, calls=calls,
+        grad_norm=sum(norms) / len(norms), learning_rate=learning_rate, transitions=len(every), calls=calls,
         seconds=time.perf_counter() - start, clip_range=settings.clip_range, advantages=advantages,
     )
 
 
-def _accumulate(learner: Learner, advantages: Advantages, pairs: list[tuple[int, int]], clip_range: float,
-                calls: CallCount) -> Iterator[tuple[Tensor, Tensor]]:
-    """Adds the gradient of the pairs' mean loss; yields (losses, ratios) [real rows], detached, by micro-batch."""
+def _sum_gradients(learner: Learner) -> None:
+    """Over all processes; one that had no pair in this step has no gradient of its own."""
+    if processes.count() > 1:
+        for p in learner.parameters.values():
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)
+        processes.sum_over_all([p.grad for p in learner.parameters.values()])
+
+
+def _of_all(parts: list[Tensor]) -> Tensor:
+    """[M] float64 on the CPU: those of every process, one after another; float32 has no digit left of rho - 1 - log(rho) where rho is near 1."""
+    return torch.cat(processes.all_of(torch.cat(parts).cpu().double() if parts else torch.zeros(0, dtype=torch.float64)))
+
+
+def _accumulate(learner: Learner, advantages: Advantages, pairs: list[tuple[int, int]], here: dict[int, int], count: int,
+                clip_range: float, calls: CallCount) -> Iterator[tuple[Tensor, Tensor]]:
+    """Adds these pairs' part of the gradient of the mean loss over `count` pairs; yields (losses, ratios) [real rows], detached, by micro-batch.
+
+    here: the row of the rollout's states by sample.
+    """
     rollout, device = advantages.scores.rollout, advantages.scores.rollout.plan.grid.levels.device
+    if not pairs:
+        return
     every_sample, every_step = (torch.tensor(column, device=device) for column in zip(*pairs))
-    for rows, real in micro_batches(len(pairs), rollout.micro_batch):
-        samples, steps = every_sample[rows.to(device)], every_step[rows.to(device)]
-        gaussian = step(learner.policy, _states(rollout, samples, steps, device), steps,
+    every_row = torch.tensor([here[n] for n, _ in pairs], device=device)
+    for part, real in micro_batches(len(pairs), rollout.micro_batch):
+        part = part.to(device)
+        samples, steps, rows = every_sample[part], every_step[part], every_row[part]
+        gaussian = step(learner.policy, _states(rollout, rows, steps, device), steps,
                         rollout.conditioning.rows(rollout.groups.to(device)[samples]), rollout.plan, calls, real)
         loss, ratio = objectives.clipped(
-            log_prob(_states(rollout, samples, steps + 1, device), gaussian), rollout.log_probs[samples, steps],
+            log_prob(_states(rollout, rows, steps + 1, device), gaussian), rollout.log_probs[rows, steps],
             advantages.values.to(device)[samples], clip_range,
         )
-        (loss[:real].sum() / len(pairs)).backward()
+        (loss[:real].sum() / count).backward()
         yield loss[:real].detach(), ratio[:real].detach()
 
 

@@ -46,14 +46,14 @@ def _write(folder: RunFolder, iteration: int, iterations: int, seconds_left: flo
     ranked = sorted(first, key=lambda i: -stats.advantages.values[i].item())[:SAMPLES]
     folder.live.mkdir(parents=True, exist_ok=True)
     samples, former = [], [path for kind in KINDS for path in folder.live.glob(f"*.{kind}")]
-    videos = rollout.pictures.ndim == 5
+    videos = rollout.plan.size.frames > 1
     for place, i in enumerate(ranked):
         name = f"{iteration}-{place}.{'webp' if videos else 'jpg'}"
         with replacing(folder.live / name) as beside:
             if videos:
-                save_animation(rollout.pictures[i], beside, FPS, SIZE)
+                save_animation(rollout.every_picture[i], beside, FPS, SIZE)
             else:
-                image = to_image(rollout.pictures[i])
+                image = to_image(rollout.every_picture[i])
                 image.thumbnail((SIZE, SIZE))
                 image.save(beside, "JPEG", quality=90)
         samples.append({"file": name, "score": total[i].item(), "advantage": stats.advantages.values[i].item()})
