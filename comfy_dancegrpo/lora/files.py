@@ -14,6 +14,7 @@ from .. import processes
 from ..atomic import replacing
 from ..errors import RunError
 from ..policies.base import Policy
+from ..runs import notes
 from ..workflow.host import host
 from . import families, foreign
 from .adapter import Adapter, LoraSettings, LoraSnapshot
@@ -60,10 +61,21 @@ def _write(tensors: dict[str, Tensor], snapshot: LoraSnapshot, path: Path, metad
 
 
 def _header(snapshot: LoraSnapshot | FullSnapshot, title: str) -> dict[str, str]:
+    """modelspec's fields (Stability AI's ModelSpec 1.0.0) and ours."""
     return {
-        "format": "pt", "modelspec.sai_model_spec": "1.0.0", "modelspec.title": title, "dancegrpo.policy": snapshot.policy,
-        "dancegrpo.iterations": str(snapshot.iterations), "dancegrpo.averaged": str(snapshot.averaged).lower(),
+        "format": "pt", "modelspec.sai_model_spec": "1.0.0", "modelspec.title": title, "modelspec.implementation": "diffusers",
+        "dancegrpo.policy": snapshot.policy, "dancegrpo.iterations": str(snapshot.iterations), "dancegrpo.averaged": str(snapshot.averaged).lower(),
+        **_architecture(snapshot), **notes.of(snapshot.folder),
     }
+
+
+def _architecture(snapshot: LoraSnapshot | FullSnapshot) -> dict[str, str]:
+    """Of a LoRA whose layers are those of one published family alone."""
+    if isinstance(snapshot, FullSnapshot):
+        return {}
+    widths = {_module(name).removeprefix(LOW): value.shape[1] for name, value in snapshot.tensors.items() if ".lora_A." in name}
+    found = families.recognise(widths)
+    return {"modelspec.architecture": f"{found[0].architecture}/lora"} if len(found) == 1 else {}
 
 
 def load(path: Path, policy: Policy) -> LoraSnapshot:
