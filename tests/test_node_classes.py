@@ -14,7 +14,7 @@ REGISTRY = {**nodes.HOST_CLASS_MAPPINGS, **nodes.NODE_CLASS_MAPPINGS}
 RECORDED = {
     # id: (required inputs, optional inputs, outputs by type)
     "DanceGRPOLoadPolicy": ("policy dtype", "vae text_encoder text_encoder_2 text_encoder_3 components prompt_cache guidance_scale_2", "DANCEGRPO_POLICY"),
-    "DanceGRPOPromptSet": ("text file limit", "", "DANCEGRPO_PROMPTS"),
+    "DanceGRPOPromptSet": ("text file limit", "image", "DANCEGRPO_PROMPTS"),
     "DanceGRPOLoopStart": (
         "policy prompts run_name iterations prompts_per_iteration seed learning_rate weight_decay lora_rank lora_alpha lora_targets "
         "ema_decay micro_batch checkpoint_every on_existing", "warmup schedule lora optimizer gradient_checkpointing", "DANCEGRPO_LIVE_POLICY DANCEGRPO_PROMPTS INT"),

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import abc
 import contextlib
-from collections.abc import Iterator, Sequence
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import diffusers
@@ -152,6 +153,17 @@ class Policy(abc.ABC):
     def pipeline_for(self, prompt: str):
         """The pipeline of diffusers that draws such a prompt."""
         return self.pipeline
+
+    def takes(self, prompt: str) -> Mapping[str, inspect.Parameter]:
+        """What that pipeline may be called with, by name."""
+        return inspect.signature(self.pipeline_for(prompt).__call__).parameters
+
+    def unseen(self, prompts: Sequence[str]) -> str | None:
+        """A line about the prompts whose reference pictures this policy does not see; None where there are none."""
+        pictured = [prompt for prompt in prompts if getattr(prompt, "picture", None) is not None]
+        if not pictured or "image" in self.takes(pictured[0]):
+            return None
+        return f"{self.name!r} sees no pictures: those of {len(pictured)} of {len(prompts)} prompts are ignored, and their texts alone count"
 
     def pipeline_options(self) -> dict:
         """What the pipeline itself must be called with besides, to draw as `encode` and `denoise` do."""

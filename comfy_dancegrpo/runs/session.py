@@ -123,6 +123,8 @@ class Session:
         live.forget_stop(self.folder)
         host().run_started(self.folder.path, self._node_id)
         host().run_moved(self.folder.path, self._done, settings.iterations)
+        if line := self.policy.unseen(self.prompts.prompts):
+            host().say(line)
         return self
 
     def _keep_source(self) -> None:
