@@ -67,7 +67,7 @@ def test_a_video(tmp_path):
 
 
 @pytest.mark.parametrize("arguments, line", [
-    (["nothing", "{picture}"], "reward: found 'nothing', accepted: one of aesthetic, clip_score, "),
+    (["nothing", "{picture}"], "reward: found 'nothing', accepted: one of clip_score, aesthetic, "),
     (["clip_score", "{picture}"], "one.png: found no prompt for it, accepted: --prompt TEXT"),
     (["clip_score", "{table}", "--prompt", "a"], "table.csv: it cannot be read as a picture or a video ("),
     (["clip_score", "{picture}", "--prompt", "a", "--model", "nowhere"], 'input "model": found \'nowhere\', which is in none of the folders'),

@@ -246,6 +246,7 @@ def test_a_folder_that_is_no_clip_is_one_line(models, fault, line):
     ("hps_v2", "file.pt", "needs the configuration and the tokenizer of laion/CLIP-ViT-H-14-laion2B-s32B-b79K, which is in none"),
     ("aesthetic", "file.pth", "needs all of openai/clip-vit-large-patch14, which is in none"),
     ("aesthetic", "nowhere", "; published: sac+logos+ava1-l14-linearMSE.pth of github.com/christophschuhmann/improved-aesthetic-predictor"),
+    ("pickscore", "embedded", "found 'embedded', accepted for pickscore: a transformers folder of model_type 'clip'; published: the folder"),
     ("pickscore", "nowhere", "; published: the folder yuvalkirstain/PickScore_v1 of huggingface.co"),
     ("clip_score", "nowhere", "; published: such as openai/clip-vit-large-patch14 of huggingface.co"),
 ])

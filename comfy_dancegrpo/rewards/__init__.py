@@ -13,7 +13,7 @@ _VIT_H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 
 REWARDS: dict[str, Kind] = {  # the first is what a new Load Reward shows
     "clip_score": Kind("clip_score", model_type="clip", suffixes=(".bin", ".pt", ".safetensors"), base=_VIT_H, base_type="clip",
-                       published="such as openai/clip-vit-large-patch14 of huggingface.co"),
+                       embedded=True, published="such as openai/clip-vit-large-patch14 of huggingface.co"),
     "aesthetic": Kind("aesthetic", suffixes=(".pth", ".safetensors"), base="openai/clip-vit-large-patch14", base_type="clip", base_whole=True,
                       published="sac+logos+ava1-l14-linearMSE.pth of github.com/christophschuhmann/improved-aesthetic-predictor"),
     "hps_v2": Kind("hps_v2", suffixes=(".pt", ".safetensors"), base=_VIT_H, base_type="clip",

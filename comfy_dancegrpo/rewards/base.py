@@ -50,6 +50,7 @@ class Kind:
     model_type: of config.json, where it takes a transformers folder. suffixes: of names, where it takes a single file of weights.
     base, base_type: the hub id and the model_type of the published model that a single file leans on.
     base_whole: its weights are needed too, not its configuration and tokenizer alone.
+    embedded: the embedded model serves it.
     published: the weights' published name and where they come from, for whoever lacks them.
     whole_videos: scores a video as a whole; others score a video's frames one by one.
     """
@@ -60,6 +61,7 @@ class Kind:
     base: str = ""
     base_type: str | None = None
     base_whole: bool = False
+    embedded: bool = False
     published: str = ""
     whole_videos: bool = False
 

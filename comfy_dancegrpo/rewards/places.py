@@ -53,6 +53,8 @@ def source(name: str, kind: Kind, model: str, base: str = PUBLISHED) -> Source:
 
 
 def _fitting(name: str, kind: Kind, model: str) -> Path:
+    if model == EMBEDDED and not kind.embedded:
+        raise RunError(f'input "model": found {model!r}, accepted for {name}: {kind.accepted}')
     path = find(model)
     if path.is_dir() and (kind.model_type is None or _model_type(path) != kind.model_type):
         raise RunError(f'input "model": found {path} (model_type {_model_type(path)!r}), accepted for {name}: {kind.accepted}')
