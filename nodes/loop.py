@@ -11,11 +11,11 @@ from comfy_dancegrpo.runs.folder import MAY_CHANGE, ON_EXISTING, name_problem
 from comfy_dancegrpo.workflow import loop
 from comfy_dancegrpo.workflow.host import host
 
-from . import watch, wires
+from . import remote_reward, watch, wires
 
 LORA_TARGETS = ["attention", "attention and feed-forward", "all linear layers", "modulation"]  # every family has these
 NOT_IN_FINGERPRINT = {("DanceGRPOLoadPolicy", "prompt_cache"), *(("DanceGRPOLoopStart", name) for name in MAY_CHANGE),
-                      *(("DanceGRPOWatch", name) for name in watch.RULE)}
+                      *(("DanceGRPOWatch", name) for name in watch.RULE), *(("DanceGRPORemoteReward", name) for name in remote_reward.MAY_CHANGE)}
 
 
 class LoopStart:

@@ -22,6 +22,7 @@ RECORDED = {
         "policy prompts group_size steps transition eta shift guidance_scale width height initial_noise", "frames", "DANCEGRPO_ROLLOUT IMAGE"),
     "DanceGRPOLoadReward": ("reward model batch_size", "base frames frame_score device", "DANCEGRPO_REWARD"),
     "DanceGRPOScore": ("rollout reward weight", "images scores", "DANCEGRPO_SCORES"),
+    "DanceGRPORemoteReward": ("address reward batch_size connections timeout retries", "fps", "DANCEGRPO_REWARD"),
     "DanceGRPOScoresFromNumbers": ("rollout numbers name weight", "scores", "DANCEGRPO_SCORES"),
     "DanceGRPOAdjustScores": ("scores operation threshold low high column", "", "DANCEGRPO_SCORES"),
     "DanceGRPOAdvantage": ("scores clamp", "combine best_of", "DANCEGRPO_ADVANTAGES"),
