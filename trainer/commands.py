@@ -155,6 +155,29 @@ def check_reward(name: Annotated[str, typer.Argument(help="As Load Reward names 
             print(*lines(check(name, pictures, prompt, published, model, base, device)), sep="\n")
 
 
+@app.command("convert-lora")
+def convert_lora(source: Annotated[Path, typer.Argument(metavar="IN", help="A LoRA in the names of diffusers, ComfyUI, kohya or this program.", show_default=False)],
+                 target: Annotated[Optional[Path], typer.Argument(metavar="OUT", help="A new .safetensors file; without one, says what IN is.", show_default=False)] = None,
+                 names: Annotated[str, typer.Option(help="ours (which ComfyUI and diffusers both read), diffusers, or kohya.")] = "ours",
+                 policy: Annotated[str, typer.Option(help="The base model, as Load Policy names it, where the names alone do not tell enough; its weights are not read.",
+                                                     show_default=False)] = "",
+                 models: Models = None, extra_model_paths: ExtraModelPaths = None, debug: Debug = False) -> None:
+    """Writes a LoRA in other names, alpha folded in; parts for text encoders are left out. Of two experts OUT is two files."""
+    with _reported(debug):
+        from comfy_dancegrpo.lora import convert
+        from comfy_dancegrpo.workflow.host import use
+
+        from .session import Options, make_host
+
+        if names not in convert.NAMES:
+            raise WorkflowError(f"--names: found {names!r}, accepted: {', '.join(convert.NAMES)}")
+        if target is not None and target.suffix != ".safetensors":
+            raise WorkflowError(f"OUT: found {target}, accepted: a .safetensors file")
+        with use(make_host(Options(models=models, extra_model_paths=extra_model_paths))[0]):
+            found = convert.read(source, policy)
+            print(*found.summary() if target is None else convert.write(found, target, names), sep="\n")
+
+
 def _need(command: str, extra: str, *packages: str) -> None:
     """Raises WorkflowError, one line, for packages that are not installed."""
     missing = [package.replace("_", "-") for package in packages if importlib.util.find_spec(package) is None]

@@ -16,12 +16,13 @@ _STREAMS = r"double_blocks\.\d+\.(img|txt)_(attn\.(qkv|proj)|mlp\.[02]"
 _ENTRY = r"img_in|txt_in|(time_in|guidance_in|vector_in)\.(in|out)_layer|final_layer\.(linear|adaLN_modulation\.1)"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Family:
     """pipelines: of diffusers, as `policies.FAMILIES` names them. architecture: as modelspec calls it. modules, native: regular expressions of the
     names of layers, in diffusers and of the model's own. read_by: what brings its own names to diffusers': a layout with `from_file`, or where
     "", diffusers' own converter, which wants them with underscores ("_") or with dots. widths: published, of the inputs of layers that tell the family
-    from those of the same names. depths: published, of stacks of blocks, by what the blocks' names begin with, likewise.
+    from those of the same names. depths: published, of stacks of blocks, by what the blocks' names begin with, likewise. layout: of our files, as the
+    policy has it. denoiser: the component of the pipeline that they are of.
     """
 
     title: str
@@ -33,6 +34,8 @@ class Family:
     separator: str = "."
     widths: tuple[int, ...] = ()
     depths: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    layout: str = "diffusers"
+    denoiser: str = "transformer"
 
     def knows(self, module: str) -> bool:
         """Whether it is a name of diffusers' for a layer of the family."""
@@ -51,7 +54,7 @@ _UNET = (r"(down_blocks\.\d+|mid_block|up_blocks\.\d+)\.(resnets\.\d+\.(conv1|co
          r"|attentions\.\d+\.(proj_in|proj_out|transformer_blocks\.\d+\.(attn[12]\.(to_[qkv]|to_out\.0)|ff\.net\.(0\.proj|2))))"
          r"|conv_in|conv_out|(time_embedding|add_embedding)\.linear_[12]")
 _SGM = r"(input_blocks|output_blocks)\.\d+\.\d+(\..+)?|middle_block\.\d+\..+|time_embed\.[02]|label_emb\.0\.[02]|out\.2"
-_SD = {"modules": _UNET, "native": _SGM, "separator": "_"}
+_SD = {"modules": _UNET, "native": _SGM, "separator": "_", "layout": "kohya", "denoiser": "unet"}
 _HUNYUAN = (r"double_blocks\.\d+\.(img|txt)_(attn_qkv|attn_proj|mlp\.fc[12]|mod\.linear)|single_blocks\.\d+\.(linear[12]|modulation\.linear)")
 _LTX2 = r"transformer_blocks\.\d+\.(((audio_)?attn[12]|audio_to_video_attn|video_to_audio_attn)\.(to_[qkv]|to_out\.0)|(audio_)?ff\.net\.(0\.proj|2))"
 
@@ -76,7 +79,7 @@ FAMILIES = (
     Family("HunyuanVideo", ("HunyuanVideoPipeline", "HunyuanSkyreelsImageToVideoPipeline"), "hunyuan-video",
            rf"transformer_blocks\.\d+\.({_MMDIT}|{_FEED_FORWARD}|norm1(_context)?\.linear)"
            r"|single_transformer_blocks\.\d+\.(attn\.to_[qkv]|proj_mlp|proj_out|norm\.linear)", _HUNYUAN, "hunyuan_video", widths=(3072,),
-           depths={"(double|transformer)_blocks": (20,), "single_(transformer_)?blocks": (40,)}),
+           depths={"(double|transformer)_blocks": (20,), "single_(transformer_)?blocks": (40,)}, layout="hunyuan_video"),
     Family("Qwen-Image", ("QwenImagePipeline", "QwenImageEditPipeline", "QwenImageEditPlusPipeline"), "qwen-image",
            rf"transformer_blocks\.\d+\.({_MMDIT}|(img|txt)_mlp\.net\.(0\.proj|2)|(img|txt)_mod\.1)"
            r"|img_in|txt_in|time_text_embed\..+|norm_out\.linear|proj_out", widths=(3072,), depths={"transformer_blocks": (60,)}),
@@ -87,14 +90,14 @@ FAMILIES = (
     Family("Wan", ("WanPipeline", "WanImageToVideoPipeline"), "wan",
            r"blocks\.\d+\.(attn[12]\.(to_[qkv]|to_out\.0|add_[kv]_proj)|ffn\.net\.(0\.proj|2))|condition_embedder\..+|proj_out",
            r"blocks\.\d+\.((self|cross)_attn\.([qkvo]|[kv]_img)|ffn\.[02])|(time|text)_embedding\.[02]|time_projection\.1|head\.head|img_emb\.proj\.[13]",
-           "wan"),
+           "wan", layout="wan"),
     Family("LTX-Video", ("LTXPipeline", "LTXImageToVideoPipeline"), "ltx-video",
            r"transformer_blocks\.\d+\.(attn[12]\.(to_[qkv]|to_out\.0)|ff\.net\.(0\.proj|2))|proj_in|proj_out|(time_embed|caption_projection)\..+",
-           widths=(2048, 4096), depths={"transformer_blocks": (28, 48)}),
+           widths=(2048, 4096), depths={"transformer_blocks": (28, 48)}, layout="ltx"),
     Family("LTX-2", ("LTX2Pipeline",), "ltx-2",
            rf"{_LTX2}|(audio_)?proj_(in|out)|(audio_)?(time_embed|caption_projection)\..+|av_cross_attn_\w+\..+",
            rf"{_LTX2}|(audio_)?(patchify_proj|proj_out)|(audio_)?(adaln_single|caption_projection)\..+|av_ca_\w+\..+",
-           widths=(4096,), depths={"transformer_blocks": (48,)}),
+           widths=(4096,), depths={"transformer_blocks": (48,)}, layout="ltx"),
 )
 
 

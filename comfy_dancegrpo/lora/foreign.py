@@ -69,17 +69,17 @@ def parse(tensors: Mapping[str, Tensor], notes: Mapping[str, str]) -> Lora:
             odd.append(key)
     if odd:
         kind = next((kind for mark, kind in _KINDS.items() if mark in odd[0]), "weights that are no LoRA's")
-        raise ValueError(f"has {kind} in {len(odd)} of its keys ({_some(odd)}), accepted: a plain LoRA, of two matrices a layer")
+        raise ValueError(f"has {kind} in {len(odd)} of its keys ({some(odd)}), accepted: a plain LoRA, of two matrices a layer")
     text = tuple(name for name in sides if _TEXT.match(name))
     layers = {name: _folded(name, pair, alphas.get(name), notes) for name, pair in sides.items() if name not in text}
     if lost := [name for name in alphas.keys() - sides.keys() if not _TEXT.match(name)]:
-        raise ValueError(f"is damaged: it has alpha of {_some(lost)}, and not the matrices")
+        raise ValueError(f"is damaged: it has alpha of {some(lost)}, and not the matrices")
     if not layers:
         raise ValueError("is of text encoders alone, which are not trained" if text else "has no weights")
     return Lora(layers, text)
 
 
-def _some(names) -> str:
+def some(names) -> str:
     """A few of them."""
     return ", ".join(sorted(names)[:3]) + (", ..." if len(names) > 3 else "")
 
@@ -112,7 +112,7 @@ def of_file(path: Path, tensors: Mapping[str, Tensor], notes: Mapping[str, str])
     except ValueError as error:
         raise RunError(f"the LoRA in {path} {error}") from None
     if lora.left_out:
-        host().say(f"{path.name}: {len(lora.left_out)} layers of text encoders are left out ({_some(lora.left_out)}): they are not trained")
+        host().say(f"{path.name}: {len(lora.left_out)} layers of text encoders are left out ({some(lora.left_out)}): they are not trained")
     return lora
 
 
@@ -122,9 +122,9 @@ def as_family(path: Path, lora: Lora, family: Family) -> dict[str, Tensor]:
         return read(lora, family)
     except Unread as error:
         others = [found.title for found in recognise(lora.widths)]
-        what = (f"is one of {' or '.join(others)} ({_some(lora.layers)})" if others and family.title not in others else
-                f"has {len(error.keys)} layers that are none of {family.title}'s ({_some(error.keys)})" if others or len(error.keys) < len(lora.layers) else
-                f"is of a family that is not known ({_some(lora.layers)})")
+        what = (f"is one of {' or '.join(others)} ({some(lora.layers)})" if others and family.title not in others else
+                f"has {len(error.keys)} layers that are none of {family.title}'s ({some(error.keys)})" if others or len(error.keys) < len(lora.layers) else
+                f"is of a family that is not known ({some(lora.layers)})")
         raise RunError(f"the LoRA in {path} {what}, accepted: one of {family.title}") from None
 
 

@@ -7,6 +7,7 @@ block-diagonal, so it has the sum of their ranks.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -45,3 +46,17 @@ def to_file(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def from_file(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return fused.from_file(tensors, BLOCKS, LAYERS)
+
+
+def completed(tensors: dict[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    """With zeros for the layers that are fused with those that are there. shapes: of every layer's weight."""
+    found = dict(tensors)
+    stacks = {diffusers: own for own, diffusers in BLOCKS.items()}
+    for key in tensors:
+        match = _OURS.fullmatch(key)
+        parts = next((parts for parts in LAYERS[stacks[match[1]]].values() if match[3] in parts), ()) if match else ()
+        for layer in (f"{match[1]}.{match[2]}.{part}" for part in parts):
+            if layer + fused.A not in found:
+                height, width = shapes[layer]
+                found |= {layer + fused.A: torch.zeros(1, width), layer + fused.B: torch.zeros(height, 1)}
+    return found
