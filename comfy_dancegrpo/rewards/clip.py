@@ -83,8 +83,9 @@ def processor(folder: Path) -> Callable[[Sequence[np.ndarray]], Tensor]:
 
 
 def clean(prompt: str) -> str:
-    """As OpenAI's and OpenCLIP's own tokenizer does first: broken characters mended, HTML's entities read, white space made one blank."""
-    return " ".join(html.unescape(html.unescape(ftfy.fix_text(prompt))).split())
+    """As OpenAI's and OpenCLIP's own tokenizer does first: broken characters mended, HTML's entities read, white space made one blank, in
+    Python's lower case (the tokenizers library knows no final sigma)."""
+    return " ".join(html.unescape(html.unescape(ftfy.fix_text(prompt))).split()).lower()
 
 
 def _unfit(folder: Path, error: Exception) -> RunError:
