@@ -178,6 +178,39 @@ def convert_lora(source: Annotated[Path, typer.Argument(metavar="IN", help="A Lo
             print(*found.summary() if target is None else convert.write(found, target, names), sep="\n")
 
 
+@app.command("serve-reward")
+def serve_reward(name: Annotated[str, typer.Argument(help="As Load Reward names it.", show_default=False)],
+                 model: Annotated[str, typer.Option(help="As Load Reward takes it.")] = "embedded",
+                 base: Annotated[str, typer.Option(help="As Load Reward takes it.")] = "published",
+                 batch_size: Annotated[int, typer.Option(min=1, help="Pictures scored at once, of one request or several.")] = 32,
+                 frames: Annotated[int, typer.Option(min=1, help="Of a video that are scored.")] = 8,
+                 device: Annotated[str, typer.Option(help="Such as cuda:1.", show_default=False)] = "",
+                 listen: Annotated[str, typer.Option("--host", "--listen", metavar="ADDRESS",
+                                                     help="Any but this machine's own asks for a token.")] = "127.0.0.1",
+                 port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes any that is free.")] = 8190,
+                 token: Annotated[Optional[str], typer.Option(envvar="DANCEGRPO_TOKEN", show_default=False,
+                                                              help="Asked of whoever calls; made up where one is needed and none given.")] = None,
+                 most_megabytes: Annotated[int, typer.Option(min=1, help="Of a request.")] = 256,
+                 models: Models = None, extra_model_paths: ExtraModelPaths = None, debug: Debug = False) -> None:
+    """Serves a reward over HTTP, for Remote Reward on another GPU or machine."""
+    with _reported(debug):
+        _need("serve-reward", "editor", "aiohttp")
+        from comfy_dancegrpo import rewards
+        from comfy_dancegrpo.workflow.host import use
+
+        from .hosts import ProgramHost
+        from .reward_server import RewardServer, serve
+        from .session import Options, make_host
+
+        host, nodes = make_host(Options(models=models, extra_model_paths=extra_model_paths), ProgramHost)
+        with use(host):
+            fits = nodes.registry["DanceGRPOLoadReward"].VALIDATE_INPUTS(name, model, base, device)
+            if fits is not True:
+                raise WorkflowError(f"serve-reward: {fits}")
+            serve(RewardServer(rewards.load(name, model, batch_size, base, frames=frames, device=device), listen, port, token or None,
+                               most_megabytes * 2**20))
+
+
 def _need(command: str, extra: str, *packages: str) -> None:
     """Raises WorkflowError, one line, for packages that are not installed."""
     missing = [package.replace("_", "-") for package in packages if importlib.util.find_spec(package) is None]

@@ -46,7 +46,7 @@ class Gate:
             if _hostname(request) not in self._hosts:
                 raise Refused(403, f"found the host {request.headers.get(hdrs.HOST, '')!r}, accepted: {', '.join(sorted(self._hosts))}")
         elif not self._authorised(request):
-            raise Refused(401, "this editor asks for its token: open the URL that it printed, or send 'Authorization: token …'")
+            raise Refused(401, "a token is asked for: open the URL that was printed, or send 'Authorization: token …'")
         if _from_elsewhere(request):
             raise Refused(403, "requests from pages of another origin are not accepted")
 

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import re
 import secrets
-import signal
 from pathlib import Path
-from typing import Any
 from urllib.parse import urlencode
 
 from aiohttp import web
@@ -18,6 +15,7 @@ from comfy_dancegrpo.nodes.routes import add_routes
 from comfy_dancegrpo.workflow.host import use
 from comfy_dancegrpo.workflow.read import SavedWorkflow, read_workflow
 
+from ..serving import listen, until_told, url
 from ..session import Options
 from . import routes_files, routes_info, routes_jobs, routes_user
 from .editor import Editor
@@ -51,23 +49,14 @@ class Server:
 
     async def start(self) -> None:
         """Listens. Raises WorkflowError where the address or the port cannot be had."""
-        await self._runner.setup()
-        try:
-            site = web.TCPSite(self._runner, self.address, self.port)
-            await site.start()
-        except (OSError, OverflowError) as error:
-            await self.stop()
-            raise WorkflowError(f"cannot listen on {self.address}, port {self.port}: {getattr(error, 'strerror', None) or error}; "
-                                "choose another with --port and --listen") from None
-        self.port = self._runner.addresses[0][1]
+        self.port = await listen(self._runner, self.address, self.port, self.stop)
 
     @property
     def url(self) -> str:
-        host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(self.address, f"[{self.address}]" if ":" in self.address else self.address)
         query = {"token": self.gate.token} if self.gate.token is not None else {}
         if self.editor.opened:
             query |= {"template": self.editor.opened[0], "source": routes_files.OPENED}  # read by the frontend itself
-        return f"http://{host}:{self.port}/" + (f"?{urlencode(query)}" if query else "")
+        return url(self.address, self.port) + (f"?{urlencode(query)}" if query else "")
 
     async def stop(self) -> None:
         """Stops what runs, keeping what was trained; cancelled, it does not wait for that."""
@@ -93,26 +82,12 @@ def serve(options: Options, workflow: Path | None, address: str, port: int, toke
 
 
 async def _serve(server: Server) -> None:
-    """The first signal stops in good order, a second at once."""
-    loop, signals = asyncio.get_running_loop(), asyncio.Queue()
-
-    def told(signum: int, frame: Any) -> None:
-        loop.call_soon_threadsafe(signals.put_nowait, signum)
-
-    previous = {s: signal.signal(s, told) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
+    async def start() -> None:
         await server.start()
         print(f"The editor is at {server.url}", flush=True)
-        await signals.get()
-        stopping = asyncio.create_task(server.stop())
+
+    def stopping() -> None:
         if server.editor.jobs.running is not None:
             server.editor.log.say("stopping the run, and keeping what was trained; Ctrl-C once more stops at once")
-        again = asyncio.create_task(signals.get())
-        await asyncio.wait({stopping, again}, return_when=asyncio.FIRST_COMPLETED)
-        for task in (stopping, again):
-            task.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await stopping
-    finally:
-        for signum, handler in previous.items():
-            signal.signal(signum, handler)
+
+    await until_told(start, server.stop, stopping)
