@@ -14,10 +14,14 @@ from torch import nn
 from . import headers, policies
 from .grpo.protocol import Size
 from .lora.adapter import LoraSettings
+from .lora.full import FullSettings
 from .policies import places
+from .policies.quantization import KINDS
 from .policies.base import Policy
+from .runs import prompt_cache
 
 GIB = 2**30
+MAIN = " (main memory)"  # what the names of the parts end in that are never on an accelerator
 # bytes for each trained number: itself, its gradient, and the optimizer's state (8-bit ones rounded up)
 _STATE = {"adamw": 8.0, "adamw_8bit": 2.1, "paged_adamw_8bit": 2.1, "adafactor": 0.1, "prodigy": 16.0}
 _PER_BLOCK = 17  # numbers kept for each token and channel of a block in training (arXiv 2205.05198, table 2: 34 bytes in 16 bits)
@@ -30,7 +34,7 @@ class Wanted:
     policy: str
     parts: places.Parts
     dtype: str
-    lora: LoraSettings
+    lora: LoraSettings | FullSettings
     optimizer: str
     ema: bool
     gradient_checkpointing: bool
@@ -38,6 +42,7 @@ class Wanted:
     samples: int
     steps: int
     size: Size
+    quantized: str = "none"
 
 
 def estimate(wanted: Wanted) -> dict[str, float]:
@@ -49,25 +54,34 @@ def estimate(wanted: Wanted) -> dict[str, float]:
     bytes_each = torch.finfo(getattr(torch, wanted.dtype)).bits // 8
     encoders = [name for name in places.components(folders[0]) if name.startswith(("text_encoder", "image_encoder"))]
     counts = {name: _count(given[name]) if name in given else _stored(folders[0], name) for name in encoders}
-    trained = lora_numbers(policy, wanted.lora)
+    numbers = sum(map(_numbers, policy.denoisers.values()))
+    every = isinstance(wanted.lora, FullSettings)
+    trained = numbers if every else lora_numbers(policy, wanted.lora)
+    in_training = (2 if wanted.ema else 1) if every and wanted.dtype == "float32" else 3 if wanted.ema else 2  # in float32 the weights themselves are trained
+    name = "masters, gradient and average of all weights" if every else "LoRA, its gradient and average"
+    state = f"state of {wanted.optimizer}"
     return {
-        "weights of the denoiser": sum(map(_numbers, policy.denoisers.values())) * bytes_each,
+        "weights of the denoiser": numbers * bytes_each - saved(policy, wanted.quantized, bytes_each),
         "weights of the VAE": _numbers(policy.pipeline.vae) * bytes_each,
         "weights of the text encoders (while they encode)": sum(counts.values()) * bytes_each,
-        "LoRA, its gradient and average": trained * 4 * (3 if wanted.ema else 2),
-        f"state of {wanted.optimizer}": trained * _STATE[wanted.optimizer],
-        "trajectories": wanted.samples * wanted.steps * _product(policy.latent_shape(wanted.size)) * 4,
+        name: trained * 4 * in_training,
+        state: trained * _STATE[wanted.optimizer],
+        "trajectories" + MAIN: wanted.samples * wanted.steps * _product(policy.latent_shape(wanted.size)) * 4,
         "activations in training (rough)": activations(policy, wanted) * bytes_each * (2 if policy.classifier_free else 1),
+        "encoded prompts, at most" + MAIN: float(prompt_cache.IN_MEMORY),
+        "state to be saved, former and new" + MAIN: 2 * trained * ((8 if wanted.ema else 4) + _STATE[wanted.optimizer]),
+        **({"the base's own weights" + MAIN: numbers * bytes_each} if every else {}),
     }
 
 
 def report(wanted: Wanted) -> list[str]:
     """The estimate in lines, the largest first, and what dominates."""
     found = sorted(estimate(wanted).items(), key=lambda item: -item[1])
-    on_device = [(what, size) for what, size in found if "text encoders" not in what]
+    on_device = [(what, size) for what, size in found if "text encoders" not in what and not what.endswith(MAIN)]
     lines = [f"{size / GIB:9.3f} GiB  {what}" for what, size in found]
-    total = sum(size for _, size in on_device)
+    total, beside = sum(size for _, size in on_device), sum(size for what, size in found if what.endswith(MAIN))
     return [f"memory of {wanted.policy}, {wanted.samples} samples of {wanted.size}, {wanted.steps} steps, an estimate:", *lines,
+            f"{beside / GIB:9.3f} GiB  in main memory",
             f"{total / GIB:9.3f} GiB  in training, without the text encoders; {on_device[0][0]} dominate with {on_device[0][1] / total:.0%}"]
 
 
@@ -94,6 +108,14 @@ def lora_numbers(policy: Policy, settings: LoraSettings) -> int:
     targets = re.compile(policy.lora_targets[settings.targets])
     return sum(settings.rank * (m.weight.shape[0] + m.weight[0].numel()) for denoiser in policy.denoisers.values()
                for name, m in denoiser.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d)) and targets.fullmatch(name))
+
+
+def saved(policy: Policy, quantized: str, bytes_each: int) -> float:
+    """Bytes that quantisation saves: of the weights of linear layers."""
+    if (kind := KINDS[quantized]) is None:
+        return 0.0
+    linear = sum(m.weight.numel() for denoiser in policy.denoisers.values() for m in denoiser.modules() if isinstance(m, nn.Linear))
+    return linear * (bytes_each - kind.bits / 8)
 
 
 def activations(policy: Policy, wanted: Wanted) -> float:

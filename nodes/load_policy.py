@@ -2,6 +2,8 @@ from __future__ import annotations
 
 from comfy_dancegrpo import policies
 from comfy_dancegrpo.policies import places
+from comfy_dancegrpo.policies.quantization import KINDS, NONE
+from comfy_dancegrpo.policies.quantization import problem as quantization_problem
 
 from . import wires
 
@@ -36,19 +38,23 @@ class LoadPolicy:
             "prompt_cache": wires.choice(list(policies.PROMPT_CACHES), "Where encoded prompts are kept. disk: in the output folder too, for the next run."),
             "guidance_scale_2": wires.number(0.0, 0.0, 100.0, "Of Wan 2.2 A14B's expert of low noise, wherever the policy draws: its makers take 4 for the first "
                                                               "expert and 3 for this. 0 takes guidance_scale for both; other models have no second expert.", 0.1),
+            "quantization": wires.choice(list(KINDS), "Of the denoiser's frozen weights, by a package of that name: half the memory of bfloat16 or, "
+                                         "with nf4, a quarter. bitsandbytes needs a GPU. Only a LoRA can be trained on it."),
         }}
 
     @classmethod
-    def VALIDATE_INPUTS(cls, policy, vae=OWN, text_encoder=OWN, text_encoder_2=OWN, text_encoder_3=OWN, components=OWN):
+    def VALIDATE_INPUTS(cls, policy, vae=OWN, text_encoder=OWN, text_encoder_2=OWN, text_encoder_3=OWN, components=OWN, quantization=NONE):
         given = dict(zip(PARTS, (vae, text_encoder, text_encoder_2, text_encoder_3, components)))
+        if quantization is not None and (line := quantization_problem(quantization)):
+            return line
         if policy is None or None in given.values():  # they come over links
             return True
         return policies.problem(policy, parts_of(given)) or True
 
     def load(self, policy: str, dtype: str, vae=OWN, text_encoder=OWN, text_encoder_2=OWN, text_encoder_3=OWN, components=OWN, prompt_cache="memory",
-             guidance_scale_2: float = 0.0):
+             guidance_scale_2: float = 0.0, quantization=NONE):
         given = dict(zip(PARTS, (vae, text_encoder, text_encoder_2, text_encoder_3, components)))
-        return (policies.load(policy, dtype, parts_of(given), prompt_cache, guidance_scale_2),)
+        return (policies.load(policy, dtype, parts_of(given), prompt_cache, guidance_scale_2, quantization),)
 
 
 def parts_of(values: dict) -> places.Parts:

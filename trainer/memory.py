@@ -15,7 +15,7 @@ def report(host: ConsoleHost) -> list[str]:
     """The lines about every loop, in the active host's folders. Raises WorkflowError for values that only a run will know."""
     from comfy_dancegrpo import memory
     from comfy_dancegrpo.grpo.protocol import Size
-    from comfy_dancegrpo.lora.adapter import LoraSettings
+    from comfy_dancegrpo.lora import full
     from comfy_dancegrpo.nodes.load_policy import parts_of
     from comfy_dancegrpo.quiet import quiet_loading
 
@@ -33,8 +33,9 @@ def report(host: ConsoleHost) -> list[str]:
             try:
                 with quiet_loading():
                     lines += memory.report(memory.Wanted(
-                        policy=base["policy"], parts=parts_of(base), dtype=base["dtype"], optimizer=loop["optimizer"], ema=loop["ema_decay"] > 0,
-                        lora=LoraSettings(loop["lora_rank"], loop["lora_alpha"], loop["lora_targets"]),
+                        policy=base["policy"], parts=parts_of(base), dtype=base["dtype"], quantized=base["quantization"],
+                        optimizer=loop["optimizer"], ema=loop["ema_decay"] > 0,
+                        lora=full.settings(loop["lora_rank"], loop["lora_alpha"], loop["lora_targets"]),
                         gradient_checkpointing=loop["gradient_checkpointing"], micro_batch=loop["micro_batch"], steps=sample["steps"],
                         samples=loop["prompts_per_iteration"] * sample["group_size"], size=Size(sample["height"], sample["width"], sample["frames"])))
             except ValueError as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import itertools
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -97,7 +98,9 @@ class Adapter:
         self.parameters: dict[str, torch.nn.Parameter] = {}
         with processes.outside_inference_mode():
             for prefix, module in policy.denoisers.items():
-                module.add_adapter(config, adapter_name=self.name)
+                with warnings.catch_warnings():
+                    warnings.filterwarnings("ignore", message=".*get_apply_tensor_subclass")  # of merging into quantised weights, which is not done
+                    module.add_adapter(config, adapter_name=self.name)
                 module.set_adapter(self.name)
                 self.parameters |= {prefix + name.replace(f".{self.name}.", "."): p
                                     for name, p in module.named_parameters() if f".{self.name}." in name}

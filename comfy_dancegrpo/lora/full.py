@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .. import processes
 from ..atomic import replacing
+from ..policies import quantization
 from ..policies.base import Policy
 from . import ALL_WEIGHTS
 from .adapter import Adapter, LoraSettings, LoraSnapshot, bare
@@ -97,6 +98,9 @@ class FullWeights:
     def __init__(self, policy: Policy, settings: FullSettings):
         if policy.full is not None:
             raise ValueError(f"all weights of {policy.name!r} are in training already, accepted: one training of them at a time")
+        if policy.quantized != quantization.NONE:
+            raise ValueError(f"the weights of {policy.name!r} are quantised ({policy.quantized}), and cannot be trained themselves; accepted: a LoRA, "
+                             'or Load Policy\'s "quantization" none')
         self.policy, self.settings = policy, settings
         self._live = weights(policy)
         with processes.outside_inference_mode():

@@ -10,7 +10,7 @@ from .. import headers
 from ..embedded import POLICIES as EMBEDDED
 from ..errors import RunError
 from ..quiet import quiet_loading
-from . import places, recognise
+from . import places, quantization, recognise
 from .places import Parts
 
 if TYPE_CHECKING:
@@ -133,18 +133,20 @@ def _numbers(version: str) -> tuple[int, ...]:
     return tuple(map(int, version.split(".")[:2]))
 
 
-def load(name: str, dtype: str = "float32", parts: Parts = Parts(), prompt_cache: str = "memory", guidance_scale_2: float = 0.0) -> Policy:
+def load(name: str, dtype: str = "float32", parts: Parts = Parts(), prompt_cache: str = "memory", guidance_scale_2: float = 0.0,
+         quantized: str = quantization.NONE) -> Policy:
     """Loads a policy's weights, frozen, onto this process's device. Raises `RunError` where `problem` names one.
 
-    guidance_scale_2: of a second expert, that of low noise (Wan 2.2 A14B); 0 takes that of the first.
+    guidance_scale_2: of a second expert, that of low noise (Wan 2.2 A14B); 0 takes that of the first. quantized: how the denoisers
+    are, one of `quantization.KINDS`.
     """
-    if line := problem(name, parts):
+    if line := problem(name, parts) or quantization.problem(quantized):
         raise RunError(line)
     path, given = find(name), parts.files()
     _, folders = resolve(path, parts)
     with quiet_loading():
         components = {}
-        if path.is_file() or given:
+        if path.is_file() or given or quantized != quantization.NONE:
             import torch
 
             from .. import processes
@@ -153,11 +155,12 @@ def load(name: str, dtype: str = "float32", parts: Parts = Parts(), prompt_cache
             with processes.outside_inference_mode():
                 of = getattr(torch, dtype)
                 if path.is_file():
-                    folders[0], components = single_file.load(path, folders, given, of)
+                    folders[0], components = single_file.load(path, folders, given, of, quantized)
                 else:
                     components = {component: single_file.separate(path, component, file, of) for component, file in given.items()}
+            components |= quantization.options(quantized, set(single_file.denoisers(folders[0])) - components.keys(), of)
         policy = _class(*_family(folders[0])).load(name, folders[0], dtype, **components)
-    policy.sources, policy.prompt_cache = (path, folders[0], *given.values()), prompt_cache
+    policy.sources, policy.prompt_cache, policy.quantized = (path, folders[0], *given.values()), prompt_cache, quantized
     if guidance_scale_2:
         policy.guide_low_noise(guidance_scale_2)
     return policy

@@ -45,6 +45,7 @@ class Policy(abc.ABC):
     needs_picture = False
     sources: tuple[Path, ...] = ()  # the folders and files that it was loaded from
     prompt_cache = "memory"
+    quantized = "none"  # how the denoisers are, one of quantization.KINDS
     full = None  # lora.full.FullWeights, while all weights are in training
 
     def __init__(self, name: str, pipeline, dtype: torch.dtype):
@@ -66,11 +67,10 @@ class Policy(abc.ABC):
 
     def to(self, device: torch.device) -> None:
         """Moves the weights, adapters among them; every parameter stays the object that it is, so that optimizers keep theirs."""
-        if device != self.device:
-            with processes.outside_inference_mode():
-                for module in self.modules:
-                    if device.type == "cpu" or module not in self.encoders:
-                        module.to(device)
+        with processes.outside_inference_mode():
+            for module in self.modules:  # each by itself: a quantised one may have been loaded onto the accelerator before the others
+                if (device.type == "cpu" or module not in self.encoders) and any(p.device != device for p in module.parameters()):
+                    module.to(device)
 
     @property
     def encoders(self) -> list[torch.nn.Module]:

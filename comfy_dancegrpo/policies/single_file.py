@@ -18,10 +18,10 @@ from torch import Tensor
 
 from .. import headers
 from ..errors import RunError
-from . import places
+from . import places, quantization
 from .recognise import own_name, prefix
 
-DENOISERS = ("transformer", "unet")
+DENOISERS = ("transformer", "unet", "transformer_2")
 _SAME_LAYOUT = {"AutoencoderKLQwenImage": "AutoencoderKLWan"}  # classes that diffusers converts no file of -> one of the same layout
 _VAE_PREFIXES = ("first_stage_model.", "vae.")
 _TEXT_PREFIXES = ("cond_stage_model.", "conditioner.", "text_encoders.")
@@ -31,7 +31,8 @@ class DoesNotFit(ValueError):
     """The file's tensors are not those of a configuration; says how."""
 
 
-def load(file: Path, folders: list[Path], parts: dict[str, Path], dtype: torch.dtype) -> tuple[Path, dict[str, torch.nn.Module]]:
+def load(file: Path, folders: list[Path], parts: dict[str, Path], dtype: torch.dtype,
+         quantized: str = quantization.NONE) -> tuple[Path, dict[str, torch.nn.Module]]:
     """The folder that fits, and the loaded modules by component: what the file and `parts` hold; the rest is the folder's.
 
     Raises `RunError`, one line: no folder fits, a part does not, or weights of a component are nowhere.
@@ -50,6 +51,8 @@ def load(file: Path, folders: list[Path], parts: dict[str, Path], dtype: torch.d
     tensors = load_file(file)
     modules = {name: separate(folder, name, path, dtype) for name, path in parts.items()}
     modules[_denoiser(folder)] = _module(*_class_of(folder, _denoiser(folder)), _denoiser_tensors(tensors, before), dtype)
+    if quantized != quantization.NONE:
+        quantization.apply(quantized, modules[_denoiser(folder)])
     for component in places.components(folder):
         if component not in modules and (found := _contained(folder, component, tensors, dtype, file)) is not None:
             modules[component] = found
@@ -71,8 +74,14 @@ def separate(folder: Path, component: str, file: Path, dtype: torch.dtype) -> to
 
 
 # -- classes and configurations ----------------------------------------------------------------------------------------------
+def denoisers(folder: Path) -> list[str]:
+    """The components that are trained through: two where a model has two experts."""
+    return [name for name in DENOISERS if name in places.components(folder)]
+
+
 def _denoiser(folder: Path) -> str:
-    return next(name for name in DENOISERS if name in places.components(folder))
+    """The one that a file holds."""
+    return denoisers(folder)[0]
 
 
 def _class_of(folder: Path, component: str) -> tuple[type, Path]:
