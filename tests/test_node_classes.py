@@ -20,7 +20,7 @@ RECORDED = {
         "ema_decay micro_batch checkpoint_every on_existing", "warmup schedule lora optimizer gradient_checkpointing", "DANCEGRPO_LIVE_POLICY DANCEGRPO_PROMPTS INT"),
     "DanceGRPOGroupSample": (
         "policy prompts group_size steps transition eta shift guidance_scale width height initial_noise", "frames", "DANCEGRPO_ROLLOUT IMAGE"),
-    "DanceGRPOLoadReward": ("reward model batch_size", "base frames frame_score device", "DANCEGRPO_REWARD"),
+    "DanceGRPOLoadReward": ("reward model batch_size", "base frames frame_score device fps", "DANCEGRPO_REWARD"),
     "DanceGRPOScore": ("rollout reward weight", "images scores", "DANCEGRPO_SCORES"),
     "DanceGRPORemoteReward": ("address reward batch_size connections timeout retries", "fps", "DANCEGRPO_REWARD"),
     "DanceGRPOScoresFromNumbers": ("rollout numbers name weight", "scores", "DANCEGRPO_SCORES"),
@@ -53,7 +53,7 @@ RECORDED = {
 }
 # the choices that saved graphs hold; more may come, none may go
 CHOICES = {
-    "DanceGRPOLoadPolicy.policy": {"embedded"},
+    "DanceGRPOLoadPolicy.policy": {"embedded", "embedded_diffusion"},
     "DanceGRPOLoadPolicy.prompt_cache": {"memory", "disk"},
     "DanceGRPOLoadPolicy.quantization": {"none", "int8 (torchao)", "float8 (torchao)", "8-bit (bitsandbytes)", "nf4 (bitsandbytes)"},
     "DanceGRPOLoadPolicy.dtype": {"float32", "bfloat16", "float16"},
@@ -64,7 +64,8 @@ CHOICES = {
     "DanceGRPOWatch.below": {"best", "start"},
     "DanceGRPOGroupSample.transition": {"dance_sde", "ddim"},
     "DanceGRPOGroupSample.initial_noise": {"shared", "independent"},
-    "DanceGRPOLoadReward.reward": {"aesthetic", "clip_score", "hps_v2", "pickscore", "hps_v3", "image_reward", "jpeg_size", "shapes_agreement"},
+    "DanceGRPOLoadReward.reward": {"aesthetic", "clip_score", "hps_v2", "pickscore", "hps_v3", "image_reward", "jpeg_size", "shapes_agreement",
+                                  *(f"video_align_{part}{raw}" for part in ("visual", "motion", "text", "overall") for raw in ("", "_raw"))},
     "DanceGRPOLoadReward.model": {"embedded"},
     "DanceGRPOLoadReward.base": {"published"},
     "DanceGRPOLoadReward.frame_score": {"mean", "worst"},

@@ -103,7 +103,7 @@ def test_the_body_keeps_the_precision_of_the_file_and_the_head_has_float32(model
 
 @pytest.mark.parametrize("damage, line", [
     (lambda path, tensors: path.write_bytes(path.read_bytes()[:5000]), "it cannot be read as weights"),
-    (lambda path, tensors: save_file({"a.weight": torch.zeros(2)}, path), "found no model.embed_tokens.… among its 1 tensors"),
+    (lambda path, tensors: save_file({"a.weight": torch.zeros(2)}, path), "its tensors are no whole Qwen2-VL"),
     (lambda path, tensors: save_file({name: value for name, value in tensors.items() if name != "model.norm.weight" and "lm_head" not in name}, path),
      "such as model.norm.weight"),
     (lambda path, tensors: save_file({**tensors, "model.embed_tokens.weight": torch.zeros(600, 32)}, path), "embeddings of 600 tokens, accepted: "),

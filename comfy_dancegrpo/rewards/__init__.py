@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import importlib
 import re
+from dataclasses import replace
 
 from ..errors import RunError
-from .base import FRAME_SCORES, Deferred, Kind, Reward, RewardFunction, Source, distinct, spread
+from .base import FPS, FRAME_SCORES, Deferred, Kind, Reward, RewardFunction, Source, distinct, spread
 from .places import EMBEDDED, PUBLISHED, available_bases, available_models, source
 
 _VIT_H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
@@ -26,6 +27,9 @@ REWARDS: dict[str, Kind] = {  # the first is what a new Load Reward shows
     "pickscore": Kind("pickscore", model_type="clip", base=_VIT_H, base_type="clip",
                       published="the folder yuvalkirstain/PickScore_v1 of huggingface.co"),
     "shapes_agreement": Kind("shapes_agreement"),
+    **{f"video_align_{part}": Kind("video_align", part, contains="model_config.json", base="Qwen/Qwen2-VL-2B-Instruct", base_type="qwen2_vl",
+                                   published="the folder KwaiVGI/VideoReward of huggingface.co", whole_videos=True)
+       for part in ("visual", "motion", "text", "overall", "visual_raw", "motion_raw", "text_raw", "overall_raw")},
 }
 
 
@@ -40,16 +44,16 @@ def problem(name: str, model: str, base: str = PUBLISHED, device: str = "") -> s
     return None
 
 
-def load(name: str, model: str = EMBEDDED, batch_size: int = 32, base: str = PUBLISHED, **options) -> Reward:
-    """The reward, whose weights are loaded when it first scores. `options`: other fields of `Reward`.
+def load(name: str, model: str = EMBEDDED, batch_size: int = 32, base: str = PUBLISHED, fps: float = FPS, **options) -> Reward:
+    """The reward, whose weights are loaded when it first scores. fps: frames a second, of whole videos. `options`: other fields of `Reward`.
 
     Raises `RunError` where `problem` names one, `KeyError` on a name that is not in `REWARDS`.
     """
     kind = REWARDS[name]
-    files = source(name, kind, model, base)
+    made_of = replace(source(name, kind, model, base), part=kind.part, fps=fps)
 
     def make() -> RewardFunction:
         module = kind.module if "." in kind.module else f"{__name__}.{kind.module}"
-        return importlib.import_module(module).load(files)
+        return importlib.import_module(module).load(made_of)
 
     return Reward(name, Deferred(make), batch_size, whole_videos=kind.whole_videos, **options)

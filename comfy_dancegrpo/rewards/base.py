@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+FPS = 8.0  # at which DanceGRPO shows its videos to their reward
 FRAME_SCORES = ("mean", "worst")  # of a video's scored frames, what is its score
 
 
@@ -35,11 +36,14 @@ class RewardFunction(Protocol):
 
 @dataclass(frozen=True)
 class Source:
-    """Where a reward's weights are. model: a file or a folder, None for a reward without one. base: the folder of the published model
-    that the weights were tuned from, which has the configuration and the tokenizer; None for a kind without one."""
+    """What a reward is made of. model: a file or a folder, None for a reward without one. base: the folder of the published model
+    that the weights were tuned from, which has the configuration and the tokenizer; None for a kind without one. part: of its `Kind`.
+    fps: frames a second, of whole videos."""
 
     model: Path | None = None
     base: Path | None = None
+    part: str = ""
+    fps: float = FPS
 
 
 @dataclass(frozen=True)
@@ -47,8 +51,10 @@ class Kind:
     """A reward's line in the registry: what can be told of it without loading anything.
 
     module: in this package, with `load(source: Source) -> RewardFunction`; a custom reward's has a dot, and is the whole name.
+    part: which of the numbers that the module gives.
     model_type: of config.json, where it takes a transformers folder. suffixes: of names, where it takes a single file of weights.
-    base, base_type: the hub id and the model_type of the published model that a single file leans on.
+    contains: a file's name, where it takes a folder that is known by it.
+    base, base_type: the hub id and the model_type of the published model that a single file, or such a folder, leans on.
     base_whole: its weights are needed too, not its configuration and tokenizer alone.
     embedded: the embedded model serves it.
     published: the weights' published name and where they come from, for whoever lacks them.
@@ -56,8 +62,10 @@ class Kind:
     """
 
     module: str
+    part: str = ""
     model_type: str | None = None
     suffixes: tuple[str, ...] = ()
+    contains: str = ""
     base: str = ""
     base_type: str | None = None
     base_whole: bool = False
@@ -67,12 +75,13 @@ class Kind:
 
     @property
     def has_model(self) -> bool:
-        return self.model_type is not None or bool(self.suffixes)
+        return self.model_type is not None or bool(self.suffixes or self.contains)
 
     @property
     def accepted(self) -> str:
         """What `model` may be, in words."""
         forms = [f"a transformers folder of model_type {self.model_type!r}"] if self.model_type else []
+        forms += [f"a folder with {self.contains}"] if self.contains else []
         return " or ".join(forms + [f"a {suffix} file" for suffix in self.suffixes])
 
 
@@ -131,6 +140,8 @@ class Reward:
         """
         import torch
 
+        if not len(prompts):  # a process that drew none
+            return torch.zeros(0)
         host().load(self)
         videos = len(pictures) > 0 and pictures[0].ndim == 4
         if self.whole_videos:

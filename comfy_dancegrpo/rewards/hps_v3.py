@@ -23,7 +23,7 @@ INSTRUCTION = Path(__file__).with_suffix(".txt")
 class HPSv3(nn.Module):
     def __init__(self, source: Source):
         super().__init__()
-        tensors = qwen2_vl.named(weights.read(source.model))
+        tensors = qwen2_vl.named(weights.read(source.model), source.model)
         self.judge = qwen2_vl.Judge(source.base, tensors, ["<|Reward|>"], _head, source.model)
         self.instruction = INSTRUCTION.read_text(encoding="utf-8")
 

@@ -47,7 +47,7 @@ def source(name: str, kind: Kind, model: str, base: str = PUBLISHED) -> Source:
         path = _fitting(name, kind, model)
     except RunError as error:
         raise RunError(f"{error}{kind.published and f'; published: {kind.published}'}") from None
-    if not kind.base or path.is_dir() and base == PUBLISHED:
+    if not kind.base or path.is_dir() and base == PUBLISHED and not kind.contains:
         return Source(path)
     return Source(path, _base(name, kind, base))
 
@@ -56,6 +56,8 @@ def _fitting(name: str, kind: Kind, model: str) -> Path:
     if model == EMBEDDED and not kind.embedded:
         raise RunError(f'input "model": found {model!r}, accepted for {name}: {kind.accepted}')
     path = find(model)
+    if kind.contains and path.is_dir() and (path / kind.contains).is_file():
+        return path
     if path.is_dir() and (kind.model_type is None or _model_type(path) != kind.model_type):
         raise RunError(f'input "model": found {path} (model_type {_model_type(path)!r}), accepted for {name}: {kind.accepted}')
     if path.is_file() and not path.name.endswith(kind.suffixes or ("\0",)):

@@ -32,7 +32,6 @@ PATCH, MERGE, TIME = 14, 2, 2  # pixels of a patch's side; patches of a token's 
 BLOCK = PATCH * MERGE
 CHAT = ("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n<|vision_start|>{seen}<|vision_end|>{text}<|im_end|>\n"
         "<|im_start|>assistant\n")
-RENAMED = (("base_model.model.", ""), (".base_layer.", "."), ("model.visual.", "visual."), ("model.language_model.", "model."))
 
 
 def fitted(height: int, width: int, least: int, most: int) -> tuple[int, int]:
@@ -74,22 +73,29 @@ def patches(frames: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
     return pixels.reshape(t * rows * columns, -1), (t, rows, columns)
 
 
-def named(tensors: dict[str, Tensor], scale: float = 0.0) -> dict[str, Tensor]:
-    """By the names of Qwen2-VL's publishers (visual.*, model.*, and rm_head.*, without the head that writes words), of one precision.
-
-    Names that training with peft or a newer transformers made are taken back; a LoRA among them is folded into its weight, `scale` times.
-    """
+def renamed(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """By the names of Qwen2-VL's publishers (visual.*, model.*): what peft or a newer transformers made of them is taken back."""
     found = {}
     for name, value in tensors.items():
-        for theirs, ours in RENAMED:
-            name = ours + name.removeprefix(theirs) if name.startswith(theirs) else name.replace(theirs, ours) if theirs[0] == "." else name
-        found[name.replace(".default.", ".")] = value
-    for name in [name for name in found if name.endswith(".lora_A.weight")]:
-        of = name.removesuffix(".lora_A.weight")
-        down, up, weight = found.pop(name).float(), found.pop(f"{of}.lora_B.weight").float(), found[f"{of}.weight"]
-        found[f"{of}.weight"] = (weight.float() + scale * up @ down).to(weight.dtype)
-    dtype = found["model.embed_tokens.weight"].dtype if "model.embed_tokens.weight" in found else None
-    return {name: value.to(dtype) for name, value in found.items() if not name.startswith("lm_head.")}
+        name = name.removeprefix("base_model.model.").replace(".base_layer.", ".").replace(".default.", ".")
+        for theirs, ours in (("model.visual.", "visual."), ("model.language_model.", "model.")):
+            name = ours + name.removeprefix(theirs) if name.startswith(theirs) else name
+        found[name] = value
+    return found
+
+
+def named(tensors: dict[str, Tensor], path: Path, scale: float = 0.0) -> dict[str, Tensor]:
+    """`renamed`, of one precision, without the head that writes words; a LoRA among them is folded into its weights, `scale` times."""
+    found = {name: value for name, value in renamed(tensors).items() if not name.startswith("lm_head.")}
+    try:
+        for down in [name for name in found if name.endswith(".lora_A.weight")]:
+            of = down.removesuffix(".lora_A.weight")
+            weight, change = found[f"{of}.weight"], found.pop(f"{of}.lora_B.weight").float() @ found.pop(down).float()
+            found[f"{of}.weight"] = (weight.float() + scale * change).to(weight.dtype)
+        dtype = found["model.embed_tokens.weight"].dtype
+    except (KeyError, RuntimeError) as error:
+        raise RunError(f"{path}: its tensors are no whole Qwen2-VL, or no LoRA of one ({error})") from None
+    return {name: value.to(dtype) for name, value in found.items()}
 
 
 class Model(nn.Module):
@@ -115,7 +121,7 @@ class Judge(nn.Module):
         self.tokenizer.padding_side = "right"
         self.tokenizer.add_tokens(list(marks), special_tokens=True)
         self.marks = self.tokenizer.convert_tokens_to_ids(list(marks))
-        embeddings = weights.part(tensors, "model.embed_tokens.", path).get("weight", torch.empty(0))
+        embeddings = tensors["model.embed_tokens.weight"]
         if len(embeddings) != len(self.tokenizer):
             raise RunError(f"{path}: it has embeddings of {len(embeddings)} tokens, accepted: {len(self.tokenizer)}, those of {base} and its own")
         ours = weights.part(tensors, "rm_head.", path)
