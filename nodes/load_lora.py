@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from comfy_dancegrpo import headers
 from comfy_dancegrpo import lora as loras
 
 from . import wires
@@ -7,8 +8,8 @@ from . import wires
 
 class LoadLora:
     TITLE = "Load Policy LoRA"
-    DESCRIPTION = "Brings a LoRA that Save LoRA wrote back into the graph, so that it can be evaluated or compared without training."
-    SEARCH_ALIASES = ["lora loader", "evaluate", "compare", "safetensors"]
+    DESCRIPTION = "Brings a LoRA into the graph, ours or another's: to evaluate, compare or apply it without training, or for Loop Start to go on from."
+    SEARCH_ALIASES = ["lora loader", "evaluate", "compare", "safetensors", "kohya"]
     CATEGORY = wires.CATEGORY
     RETURN_TYPES = (wires.LORA,)
     RETURN_NAMES = ("lora",)
@@ -20,7 +21,8 @@ class LoadLora:
         return {"required": {
             "policy": wires.socket(wires.POLICY, "The base model that it was trained on."),
             # no default: the first of the list is the newest run's
-            "lora": (loras.available(), {"tooltip": "RUN/lora/FILE of a run in the output folder, the newest first, or a file in the LoRA folders."}),
+            "lora": (loras.available(), {"tooltip": "RUN/lora/FILE of a run in the output folder, the newest first, or a file in the LoRA folders, "
+                                                  "also in the names of diffusers, ComfyUI or kohya."}),
         }}
 
     @classmethod
@@ -36,7 +38,10 @@ class LoadLora:
         from comfy_dancegrpo.lora import files
         from comfy_dancegrpo.workflow.host import host
 
-        loaded = files.load(loras.find(lora), policy)
+        path = loras.find(lora)
+        loaded, told = files.load(path, policy), headers.metadata(path)
+        if "dancegrpo.reward" in told:
+            host().say(f"Load Policy LoRA: {lora}: {loaded.iterations} iterations, reward {told['dancegrpo.reward']}")
         if loaded.policy != policy.name:
             host().say(f"Load Policy LoRA: {lora} was trained on {loaded.policy!r}, and is loaded for {policy.name!r}")
         return (loaded,)
