@@ -110,7 +110,7 @@ def test_with_dynamic_shifting_and_guidance(tmp_path):
     pipeline.register_modules(scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, base_image_seq_len=16, shift=3.0))
     pipeline.save_pretrained(tmp_path / "diffusers" / "tiny")
     with use(Host(models=tmp_path)):
-        assert policies.available() == ["embedded", "tiny"]
+        assert policies.available() == ["embedded", "embedded_diffusion", "tiny"]
         policy = policies.load("tiny")
     for height, width, guidance in ((64, 32, 3.5), (64, 64, 7.0)):
         theirs = pipeline_pictures(pipeline, policy, height, width, guidance)

@@ -11,7 +11,7 @@ POLICY = FOLDER / "policy"
 DIFFUSION = FOLDER / "diffusion"
 REWARD = FOLDER / "reward"
 PROMPTS = FOLDER / "prompts"
-POLICIES = {"embedded": POLICY}
+POLICIES = {"embedded": POLICY, "embedded_diffusion": DIFFUSION}
 
 
 def shared(folder: Path, dtype) -> dict:
