@@ -8,12 +8,14 @@ from comfy_dancegrpo.errors import RunError
 from comfy_dancegrpo.grpo.protocol import SamplingPlan, Size
 from comfy_dancegrpo.grpo.rollout import Request, sample
 from comfy_dancegrpo.policies.flux import FluxKontext
+from comfy_dancegrpo.policies.flux2 import Flux2
+from comfy_dancegrpo.policies.ltx2 import LTX2
 from comfy_dancegrpo.policies.stable_diffusion import StableDiffusion
 from comfy_dancegrpo.policies.wan import Wan, WanImageToVideo
 from comfy_dancegrpo.runs.draw import arguments, draw
 from comfy_dancegrpo.runs.prompt_cache import encode
 from comfy_dancegrpo.workflow.host import Host, use
-from families import PROMPTS, flux2, flux_kontext, pictured, stable_diffusion, wan
+from families import PROMPTS, flux2, flux_kontext, ltx2, pictured, stable_diffusion, wan
 
 SIZE = Size(64, 96)
 
@@ -58,6 +60,15 @@ def test_a_policy_says_of_how_many_prompts_it_does_not_see_the_pictures(make, se
     assert policy.unseen(PROMPTS) is None
     line = "'tiny' sees no pictures: those of 2 of 4 prompts are ignored, and their texts alone count"
     assert policy.unseen((*PROMPTS, *pictured())) == (None if sees else line)
+
+
+@pytest.mark.parametrize("make", [lambda: Flux2("tiny", flux2.flux2(), torch.float32), lambda: LTX2("tiny", ltx2.ltx2(), torch.float32)])
+def test_prompts_with_and_without_a_picture_do_not_go_together_where_the_model_takes_both(make):
+    policy = make()
+    policy.check(PROMPTS)
+    policy.check(pictured())
+    with pytest.raises(RunError, match="^found prompts with a picture beside prompts without, accepted: a picture for every prompt, or for none$"):
+        policy.check((PROMPTS[0], pictured()[1]))
 
 
 CANNOT = {

@@ -240,6 +240,15 @@ class Policy(abc.ABC):
         """As `Denoiser.decode`."""
 
 
+MIXED = "found prompts with a picture beside prompts without, accepted: a picture for every prompt, or for none"
+
+
+def all_or_none(prompts: Sequence[str]) -> None:
+    """Raises `RunError` where some of the prompts have a picture and others have none."""
+    if len({getattr(prompt, "picture", None) is None for prompt in prompts}) > 1:
+        raise RunError(MIXED)
+
+
 def from_folder(pipeline_class: type, folder: Path, dtype: torch.dtype, **options):
     """A pipeline of diffusers, from safetensors on this machine alone."""
     return pipeline_class.from_pretrained(folder, local_files_only=True, use_safetensors=True, **{_DTYPE_ARGUMENT: dtype}, **options)

@@ -19,7 +19,7 @@ from transformers import AutoTokenizer
 
 from ..errors import RunError
 from ..grpo.protocol import SamplingPlan, Size
-from .base import Policy, multiple_of, pictures
+from .base import MIXED, Policy, all_or_none, multiple_of, pictures
 
 _DOUBLE, _SINGLE = r"transformer_blocks\.\d+\.", r"single_transformer_blocks\.\d+\.attn\.(to_qkv_mlp_proj|to_out)"
 _ATTENTION = r"attn\.(to_q|to_k|to_v|to_out\.0|add_q_proj|add_k_proj|add_v_proj|to_add_out)"
@@ -42,8 +42,7 @@ class Flux2(Policy):
 
     def check(self, prompts: Sequence[str]) -> None:
         super().check(prompts)
-        if len({getattr(prompt, "picture", None) is None for prompt in prompts}) > 1:
-            raise RunError(_MIXED)
+        all_or_none(prompts)
 
     def encode(self, prompts: list[str], size: Size) -> dict[str, Tensor]:
         """reference: [P, S, C] tokens of the prompts' pictures, seen in the size of what is drawn, or none. pictured: [P], 1 where there is one."""
@@ -82,7 +81,7 @@ class Flux2(Policy):
         count = tokens.shape[1]
         if tensors["pictured"].any():
             if not tensors["pictured"].all():
-                raise RunError(_MIXED)
+                raise RunError(MIXED)
             tokens = torch.cat([tokens, tensors["reference"].to(tokens.dtype)], 1)
             ids = torch.cat([ids, self.pipeline._prepare_image_ids([latents[:1]]).to(self.device)], 1)
         velocity = self.denoiser(
@@ -95,9 +94,6 @@ class Flux2(Policy):
         mean, variance = (moment.view(1, -1, 1, 1).to(latents.device, latents.dtype) for moment in (vae.bn.running_mean, vae.bn.running_var))
         whole = self.pipeline._unpatchify_latents(latents * torch.sqrt(variance + vae.config.batch_norm_eps) + mean)
         return pictures(vae.decode(whole.to(vae.dtype), return_dict=False)[0])
-
-
-_MIXED = "found prompts with a picture beside prompts without, accepted: a picture for every prompt, or for none"
 
 
 class Flux2Klein(Flux2):

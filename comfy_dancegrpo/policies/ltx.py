@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import torch
 from diffusers import LTXImageToVideoPipeline, LTXPipeline
+from PIL.Image import Image
 from torch import Tensor
 
 from ..grpo.protocol import SamplingPlan, Size
-from .base import Policy, multiple_of, pictures, reference
+from .base import Policy, multiple_of, pictures
 
 FRAME_RATE = 25  # a second: the pipelines' default
 _BLOCKS = r"transformer_blocks\.\d+\."
@@ -56,6 +57,13 @@ class LTX(Policy):
             encoder_attention_mask=tensors["mask"], num_frames=frames, height=rows, width=columns,
             rope_interpolation_scale=(temporal / FRAME_RATE, spatial, spatial), return_dict=False)[0]
 
+    def _first(self, prompt: str, picture: Image, size: Size) -> Tensor:
+        """Tokens of the prompt's first frame, [1, S, C] float32: the mean of what the VAE says of it, where the pipeline of LTX-Video draws a sample."""
+        vae = self.pipeline.vae
+        pixels = self.pipeline_for(prompt).video_processor.preprocess(picture, height=size.height, width=size.width)
+        found = vae.encode(pixels[:, :, None].to(self.device, vae.dtype)).latent_dist.mode().float()
+        return self.pipeline._pack_latents(self.pipeline._normalize_latents(found, vae.latents_mean, vae.latents_std))
+
     def decode(self, latents: Tensor, plan: SamplingPlan) -> Tensor:
         vae = self.pipeline.vae
         unpacked = self.pipeline._unpack_latents(latents, *self._grid(plan.size))
@@ -71,21 +79,23 @@ class LTXImageToVideo(LTX):
     needs_picture = True
 
     def encode(self, prompts: list[str], size: Size) -> dict[str, Tensor]:
-        return {**super().encode(prompts, size), "first": torch.cat([self._first(prompt, size) for prompt in prompts])}
-
-    def _first(self, prompt: str, size: Size) -> Tensor:
-        """Tokens of the prompt's picture, [1, S, C] float32: the mean of what the VAE says of it, where the pipeline draws a sample."""
-        vae = self.pipeline.vae
-        pixels = self.pipeline.video_processor.preprocess(reference(prompt, self.name), height=size.height, width=size.width)
-        found = vae.encode(pixels[:, :, None].to(self.device, vae.dtype)).latent_dist.mode().float()
-        return self.pipeline._pack_latents(self.pipeline._normalize_latents(found, vae.latents_mean, vae.latents_std))
+        return {**super().encode(prompts, size), "first": torch.cat([self._first(prompt, self.picture(prompt, size), size) for prompt in prompts])}
 
     def denoise(self, latents: Tensor, timesteps: Tensor, tensors: dict[str, Tensor], plan: SamplingPlan) -> Tensor:
         first = tensors["first"].to(latents.dtype)
-        given = first.shape[1]
-        each = timesteps[:, None].repeat(1, latents.shape[1])
-        each[:, :given] = 0
-        velocity = super().denoise(torch.cat([first, latents[:, given:]], 1), each, tensors, plan)
-        # the given tokens go straight to the picture, whatever the model says of them: nothing is learned from them
-        straight = (latents[:, :given] - first) / plan.grid.levels_at(timesteps).view(-1, 1, 1)
-        return torch.cat([straight, velocity[:, given:].to(latents.dtype)], 1)
+        velocity = super().denoise(*beginning_with(first, latents, timesteps), tensors, plan)
+        return straight_to(first, latents, velocity, plan.grid.levels_at(timesteps))
+
+
+def beginning_with(first: Tensor, latents: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+    """Tokens [B, S, C] with the given ones in front, without noise, and a timestep for each token, [B, S]: 0 for these."""
+    given = first.shape[1]
+    each = timesteps[:, None].repeat(1, latents.shape[1])
+    each[:, :given] = 0
+    return torch.cat([first, latents[:, given:]], 1), each
+
+
+def straight_to(first: Tensor, latents: Tensor, velocity: Tensor, sigmas: Tensor) -> Tensor:
+    """The velocity, in which the given tokens go straight to the picture, whatever the model says of them: nothing is learned from them."""
+    given = first.shape[1]
+    return torch.cat([(latents[:, :given] - first) / sigmas.view(-1, 1, 1), velocity[:, given:].to(latents.dtype)], 1)

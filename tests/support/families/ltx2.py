@@ -1,15 +1,17 @@
 import dataclasses
 
+import numpy as np
+import PIL.Image
 import tiny
 import torch
 from comfy_dancegrpo.grpo.protocol import Size
 from comfy_dancegrpo.policies.ltx2 import LTX2
 from diffusers import AutoencoderKLLTX2Audio, AutoencoderKLLTX2Video, FlowMatchEulerDiscreteScheduler, LTX2Pipeline, LTX2VideoTransformer3DModel
-from diffusers.pipelines.ltx2 import LTX2TextConnectors
+from diffusers.pipelines.ltx2 import LTX2TextConnectors, utils
 from diffusers.pipelines.ltx2.vocoder import LTX2Vocoder
 from transformers import Gemma3Config, Gemma3ForConditionalGeneration
 
-from . import PROMPTS, Case, draw_video
+from . import PROMPTS, Case, draw_video, pictured
 
 LENGTH = 32  # of prompts in tokens
 # comfy.lora.model_lora_keys_unet: "diffusion_model." and the weight's own name (comfy.ldm.lightricks.av_model.LTXAVModel)
@@ -52,4 +54,24 @@ def draw(pipeline, asked):
     return draw_video(pipeline, dataclasses.replace(asked, latents=video), audio_latents=audio, max_sequence_length=LENGTH, **policy.pipeline_options())
 
 
-CASES = [Case("ltx-2", ltx2, KEYS, draw, size=Size(64, 64, 9), odd=Size(64, 48, 9), targets="attention and feed-forward")]
+def draw_from_picture(pipeline, asked):
+    """One picture a call. The pipeline puts it into no latents that it is given: it is there already, as the pipeline itself would have put it."""
+    policy, size = LTX2("ltx-2", pipeline, torch.float32), asked.size
+    video, audio = policy.split(asked.latents, size)
+    made = []
+    for i, prompt in enumerate(asked.prompts):
+        pictured = policy.pipeline_for(prompt)
+        seen = utils.apply_image_conditioning_crf(np.array(prompt.picture.image()), utils.resolve_default_image_crf(pipeline.text_encoder))
+        pixels = pictured.video_processor.preprocess(PIL.Image.fromarray(seen), height=size.height, width=size.width)
+        whole, given = pictured.prepare_latents(pixels, 1, 8, size.height, size.width, size.frames, 0.0, torch.float32)
+        latents = pictured._unpack_latents(torch.where(given[..., None] > 0, whole, video[i: i + 1]), *policy._grid(size))
+        vae = pictured.vae  # whose moments the pipeline takes out of latents that it is given
+        one = dataclasses.replace(asked, prompts=(str(prompt),), latents=pictured._denormalize_latents(
+            latents, vae.latents_mean, vae.latents_std, vae.config.scaling_factor))
+        made.append(draw_video(pictured, one, image=prompt.picture.image(), audio_latents=audio[i: i + 1], max_sequence_length=LENGTH,
+                               **policy.pipeline_options()))
+    return np.concatenate(made)
+
+
+CASES = [Case("ltx-2", ltx2, KEYS, draw, size=Size(64, 64, 9), odd=Size(64, 48, 9), targets="attention and feed-forward"),
+         Case("ltx-2-pictured", ltx2, KEYS, draw_from_picture, pictured(), Size(64, 64, 9), Size(64, 48, 9), targets="attention and feed-forward")]
