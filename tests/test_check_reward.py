@@ -66,6 +66,22 @@ def test_a_video(tmp_path):
     assert run("jpeg_size", path, "--prompt", "").stdout.splitlines()[1].split() == [f"{expected:.4f}", "clip.mp4"]
 
 
+def test_a_reward_of_whole_videos_is_told_each_videos_frame_rate(tmp_path, picture, monkeypatch):
+    for rate in (12, 24):
+        video.write(torch.zeros(5, 32, 32, 3), tmp_path / f"{rate}.mp4", rate)
+    seen = []
+
+    def load(name, model, fps, **options):
+        def reward(samples, prompts):
+            seen.append((fps, samples[0].ndim))
+            return torch.zeros(1)
+        return reward
+
+    monkeypatch.setattr(rewards, "load", load)
+    checking.check("jpeg_size", [tmp_path / "24.mp4", tmp_path / "12.mp4", picture], "", None, "embedded", "published", "")
+    assert seen == [(24, 4), (12, 4), (rewards.FPS, 3)]
+
+
 @pytest.mark.parametrize("arguments, line", [
     (["nothing", "{picture}"], "reward: found 'nothing', accepted: one of clip_score, aesthetic, "),
     (["clip_score", "{picture}"], "one.png: found no prompt for it, accepted: --prompt TEXT"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import functools
 import json
 import math
 from collections.abc import Iterator, Sequence
@@ -79,8 +80,8 @@ def check(name: str, files: Sequence[Path], prompt: str | None, table: Path | No
         raise WorkflowError(problem)
     pairs = [(file, text, row) for file in files for text, row in _prompts(file, rows, prompt)]
     samples = {file: _sample(file) for file in dict.fromkeys(files)}
-    reward = rewards.load(name, model, base=base, device=device, batch_size=8)
-    values = [float(reward([samples[file]], [text])) for file, text, _ in pairs]
+    at = functools.cache(lambda fps: rewards.load(name, model, base=base, device=device, batch_size=8, fps=fps))
+    values = [float(at(samples[file][1])([samples[file][0]], [text])) for file, text, _ in pairs]
     return [Checked(file, text, value, row) for (file, text, row), value in zip(pairs, values)]
 
 
@@ -93,16 +94,17 @@ def _prompts(file: Path, rows: Sequence[Published], prompt: str | None) -> list[
 
 
 def _sample(file: Path):
-    """A picture [H, W, 3] or a video [F, H, W, 3], in 0..1. Raises WorkflowError where the file is neither."""
+    """A picture [H, W, 3] or a video [F, H, W, 3], in 0..1, and frames a second. Raises WorkflowError where the file is neither."""
     from PIL import Image
 
+    from comfy_dancegrpo.rewards import FPS
     from comfy_dancegrpo.runs import pictures, video
 
     try:
         if file.suffix.lower() in VIDEOS:
-            return video.read(file)[0]
+            return video.read(file)
         with Image.open(file) as image:
-            return pictures.to_tensor(image)[0]
+            return pictures.to_tensor(image)[0], FPS
     except (OSError, ValueError) as error:
         raise WorkflowError(f"{file}: it cannot be read as a picture or a video ({error})") from None
 
