@@ -68,8 +68,10 @@ class LTX(Policy):
         vae = self.pipeline.vae
         unpacked = self.pipeline._unpack_latents(latents, *self._grid(plan.size))
         video = self.pipeline._denormalize_latents(unpacked, vae.latents_mean, vae.latents_std, vae.config.scaling_factor).to(vae.dtype)
-        clean = video.new_zeros(len(video)) if vae.config.timestep_conditioning else None  # decoders since 0.9.1 are told of noise that is left
-        return pictures(vae.decode(video, clean, return_dict=False)[0])
+        if not vae.config.timestep_conditioning:
+            return pictures(vae.decode(video, return_dict=False)[0])
+        # decoders since 0.9.1 are told of noise that is left; one by one here, for diffusers' slicing takes the wrong rows with it
+        return pictures(torch.cat([vae.decode(one, one.new_zeros(1), return_dict=False)[0] for one in video.split(1)]))
 
 
 class LTXImageToVideo(LTX):

@@ -44,7 +44,6 @@ class StableDiffusion(Policy):
         self._scheduler = _ddim(pipeline.scheduler)
         if pipeline.unet.config.time_cond_proj_dim is not None:
             raise RunError('input "policy": found a UNet distilled to take guidance as an input (LCM), accepted: one guided by a second call')
-        pipeline.vae.enable_slicing()
 
     @property
     def denoiser(self) -> torch.nn.Module:
