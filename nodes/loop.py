@@ -15,7 +15,8 @@ from . import remote_reward, watch, wires
 
 LORA_TARGETS = ["attention", "attention and feed-forward", "all linear layers", "modulation"]  # every family has these
 NOT_IN_FINGERPRINT = {("DanceGRPOLoadPolicy", "prompt_cache"), *(("DanceGRPOLoopStart", name) for name in MAY_CHANGE),
-                      *(("DanceGRPOWatch", name) for name in watch.RULE), *(("DanceGRPORemoteReward", name) for name in remote_reward.MAY_CHANGE)}
+                      *(("DanceGRPOWatch", name) for name in watch.RULE),
+                      *((f"DanceGRPO{kind}Reward", name) for kind in ("Remote", "Judge") for name in remote_reward.MAY_CHANGE)}
 
 
 class LoopStart:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import re
 
 from comfy_dancegrpo import addresses
+from comfy_dancegrpo.rewards import FPS
 
 from . import wires
 
@@ -13,6 +14,13 @@ CALLS = {  # of every node that calls a service
 }
 
 MAY_CHANGE = ("address", *CALLS)  # without it being another run: the same numbers, from elsewhere
+
+
+def name_problem(name: str, input: str) -> str | None:
+    """The line about a reward's name that is none; None where it is one, or empty."""
+    if re.fullmatch(r"[\w.-]{0,100}", name):
+        return None
+    return f'input "{input}": found {name!r}, accepted: letters, digits, "_", "-" and ".", at most 100'
 
 
 def service(address: str, connections: int, timeout: float, retries: int):
@@ -39,15 +47,13 @@ class RemoteReward:
             "reward": ("STRING", {"default": "", "tooltip": "Which of the server's rewards; metrics and plots call it so. Empty: the one that it has."}),
             "batch_size": wires.integer(8, 1, 4096, "Pictures in a call."),
             **CALLS,
-        }, "optional": {"fps": wires.number(16.0, 1.0, 120.0, "Frames a second of the MP4 files that videos are sent as.", 1.0)}}
+        }, "optional": {"fps": wires.number(FPS, 0.1, 240.0, "Frames a second of the MP4 files that videos are sent as.", 1.0)}}
 
     @classmethod
     def VALIDATE_INPUTS(cls, address, reward):
-        if reward is not None and not re.fullmatch(r"[\w.-]{0,100}", reward):
-            return f'input "reward": found {reward!r}, accepted: letters, digits, "_", "-" and ".", at most 100'
-        return (address is not None and addresses.problem(address)) or True
+        return (reward is not None and name_problem(reward, "reward")) or (address is not None and addresses.problem(address)) or True
 
-    def load(self, address: str, reward: str, batch_size: int, connections: int, timeout: float, retries: int, fps: float = 16.0):
+    def load(self, address: str, reward: str, batch_size: int, connections: int, timeout: float, retries: int, fps: float = FPS):
         from comfy_dancegrpo.rewards import remote
 
         return (remote.load(service(address, connections, timeout, retries), reward, batch_size, fps),)

@@ -23,6 +23,7 @@ RECORDED = {
     "DanceGRPOLoadReward": ("reward model batch_size", "base frames frame_score device fps", "DANCEGRPO_REWARD"),
     "DanceGRPOScore": ("rollout reward weight", "images scores", "DANCEGRPO_SCORES"),
     "DanceGRPORemoteReward": ("address reward batch_size connections timeout retries", "fps", "DANCEGRPO_REWARD"),
+    "DanceGRPOJudgeReward": ("address model question low high connections timeout retries", "frames reference name", "DANCEGRPO_REWARD"),
     "DanceGRPOScoresFromNumbers": ("rollout numbers name weight", "scores", "DANCEGRPO_SCORES"),
     "DanceGRPOAdjustScores": ("scores operation threshold low high column", "", "DANCEGRPO_SCORES"),
     "DanceGRPOAdvantage": ("scores clamp", "combine best_of", "DANCEGRPO_ADVANTAGES"),

@@ -1,7 +1,6 @@
 """Remote rewards over loopback: what is sent, what is refused in one line, and a server that goes and comes back in the middle of a run."""
 
 import base64
-import http.server
 import io
 import json
 import re
@@ -13,6 +12,7 @@ import time
 import av
 import pytest
 import torch
+from loopback import Noting, Server, as_json, mine, serving  # noqa: F401
 from PIL import Image
 
 from comfy_dancegrpo import settings
@@ -21,65 +21,7 @@ from comfy_dancegrpo.errors import Interrupted, RunError
 from comfy_dancegrpo.prompts import Prompt, Reference
 from comfy_dancegrpo.rewards import remote, service
 from comfy_dancegrpo.rewards.service import Service
-from comfy_dancegrpo.workflow.host import Host, use
-
-
-class Server:
-    """An HTTP server of a test: `answer(handler, body)` gives status, headers and bytes of an answer, or writes it and gives None.
-
-    requests: the bodies, and most: how many calls were under way at once.
-    """
-
-    def __init__(self, answer, port=0):
-        self.answer, self.requests, self.now, self.most = answer, [], 0, 0
-        lock, outer = threading.Lock(), self
-
-        class Handler(http.server.BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def do_POST(self):
-                body = self.rfile.read(int(self.headers["Content-Length"]))
-                with lock:
-                    outer.requests.append((self, body))
-                    outer.now += 1
-                    outer.most = max(outer.most, outer.now)
-                try:
-                    found = outer.answer(self, body)
-                    if found is not None:
-                        status, headers, data = found
-                        self.send_response(status)
-                        for name, value in {"Content-Length": str(len(data)), **headers}.items():
-                            self.send_header(name, value)
-                        self.end_headers()
-                        self.wfile.write(data)
-                except OSError:
-                    self.close_connection = True  # the client has gone
-                finally:
-                    with lock:
-                        outer.now -= 1
-
-            def log_message(self, *args):
-                pass
-
-        class Quiet(http.server.ThreadingHTTPServer):
-            def handle_error(self, *args):
-                pass
-
-        self._server = Quiet(("127.0.0.1", port), Handler)
-        self.port = self._server.server_port
-        threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
-
-    @property
-    def address(self):
-        return f"http://127.0.0.1:{self.port}/score"
-
-    def close(self):
-        self._server.shutdown()
-        self._server.server_close()
-
-
-def as_json(value, status=200):
-    return status, {"Content-Type": "application/json"}, json.dumps(value).encode()
+from comfy_dancegrpo.workflow.host import use
 
 
 def decoded(sample):
@@ -97,39 +39,7 @@ def honest(handler, body):
     return as_json(scores(json.loads(body)))
 
 
-@pytest.fixture(autouse=True)
-def mine(tmp_path, monkeypatch):
-    """Settings that allow loopback, and a host that notes what is said; pauses are short."""
-    path = tmp_path / "settings.json"
-    path.write_text(json.dumps({"allowed_hosts": ["127.0.0.1"], "api_keys": {"127.0.0.1": "a key"}}))
-    monkeypatch.setenv(settings.PATH, str(path))
-    monkeypatch.delenv(settings.API_KEYS, raising=False)
-    monkeypatch.setattr(service, "FIRST_PAUSE", 0.01)
-
-
-@pytest.fixture
-def serving():
-    """`serving(answer)`: a `Server`, closed at the end."""
-    started = []
-
-    def start(answer, port=0):
-        started.append(Server(answer, port))
-        return started[-1]
-
-    yield start
-    for server in started:
-        server.close()
-
-
-class Noting(Host):
-    def __init__(self, folder=None):
-        super().__init__()
-        self.said, self.run_folder = [], folder
-
-    def say(self, line):
-        self.said.append(line)
-
-
+pytestmark = pytest.mark.usefixtures("mine")
 PICTURES = torch.randint(256, (1000, 4, 4, 3), generator=torch.Generator().manual_seed(0)) / 255
 PROMPTS = [f"picture {n}" for n in range(1000)]
 
@@ -157,7 +67,8 @@ def test_a_thousand_pictures_through_eight_connections(serving):
     assert sorted(sample["prompt"] for _, body in server.requests for sample in json.loads(body)["samples"]) == sorted(PROMPTS)
 
 
-def test_a_request_is_what_the_protocol_says(serving):
+def test_a_request_is_what_the_protocol_says(serving, mine):
+    mine(api_keys={"127.0.0.1": "a key"})
     server = serving(honest)
     reference = Image.new("RGB", (3, 2), (1, 2, 3))
     reward_at(server.address, name="first_byte")(PICTURES[:2], ["a", Prompt("b", Reference("r", "k", lambda: reference))])

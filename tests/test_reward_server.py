@@ -17,9 +17,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from loopback import mine  # noqa: F401
 from PIL import Image
 
-from comfy_dancegrpo import rewards, settings
+from comfy_dancegrpo import rewards
 from comfy_dancegrpo.addresses import Address
 from comfy_dancegrpo.embedded import shapes
 from comfy_dancegrpo.errors import RunError
@@ -35,19 +36,7 @@ CAPTIONS = [a.caption for a in shapes.every()[::36]]
 PICTURES = torch.randint(256, (len(CAPTIONS), 64, 64, 3), generator=torch.Generator().manual_seed(0)) / 255
 
 
-@pytest.fixture(autouse=True)
-def mine(tmp_path, monkeypatch):
-    """`mine(**settings)` writes the user's settings; loopback is allowed."""
-    path = tmp_path / "settings.json"
-    monkeypatch.setenv(settings.PATH, str(path))
-    monkeypatch.delenv(settings.API_KEYS, raising=False)
-    monkeypatch.setattr(service, "FIRST_PAUSE", 0.01)
-
-    def write(**values):
-        path.write_text(json.dumps({"allowed_hosts": ["127.0.0.1"], **values}))
-
-    write()
-    return write
+pytestmark = pytest.mark.usefixtures("mine")
 
 
 class Running:

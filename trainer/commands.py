@@ -184,6 +184,7 @@ def serve_reward(name: Annotated[str, typer.Argument(help="As Load Reward names 
                  base: Annotated[str, typer.Option(help="As Load Reward takes it.")] = "published",
                  batch_size: Annotated[int, typer.Option(min=1, help="Pictures scored at once, of one request or several.")] = 32,
                  frames: Annotated[int, typer.Option(min=1, help="Of a video that are scored.")] = 8,
+                 fps: Annotated[float, typer.Option(min=0.1, help="Frames a second, for rewards of whole videos.")] = 8.0,
                  device: Annotated[str, typer.Option(help="Such as cuda:1.", show_default=False)] = "",
                  listen: Annotated[str, typer.Option("--host", "--listen", metavar="ADDRESS",
                                                      help="Any but this machine's own asks for a token.")] = "127.0.0.1",
@@ -207,7 +208,7 @@ def serve_reward(name: Annotated[str, typer.Argument(help="As Load Reward names 
             fits = nodes.registry["DanceGRPOLoadReward"].VALIDATE_INPUTS(name, model, base, device)
             if fits is not True:
                 raise WorkflowError(f"serve-reward: {fits}")
-            serve(RewardServer(rewards.load(name, model, batch_size, base, frames=frames, device=device), listen, port, token or None,
+            serve(RewardServer(rewards.load(name, model, batch_size, base, fps, frames=frames, device=device), listen, port, token or None,
                                most_megabytes * 2**20))
 
 

@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 FOLDER = "failed_reward"
-FPS = 8  # of videos that are kept: their own is not known here
 
 
 @dataclass(frozen=True)
@@ -64,6 +63,7 @@ def _keep(name: str, said: str, given: Given, parent: Path) -> Path:
 
     from ..pixels import to_bytes
     from ..runs import video
+    from .base import FPS  # of videos that are kept: their own is not known here
 
     folder = _new_folder(parent, re.sub(r"[^\w-]+", "_", name))
     samples = []

@@ -17,14 +17,14 @@ from torch import Tensor
 
 from ..pixels import png, to_bytes
 from ..runs import video
-from .base import Reward
+from .base import FPS, Reward
 from .faults import Given, RewardFault
 from .service import CallFailed, Service, Trouble, shown
 
 PROTOCOL, VERSION = "dancegrpo-reward", 1
 
 
-def load(service: Service, reward: str = "", batch_size: int = 8, fps: float = 16.0) -> Reward:
+def load(service: Service, reward: str = "", batch_size: int = 8, fps: float = FPS) -> Reward:
     """The reward of that name of the server, "" for the one that it has. batch_size: samples in a call. fps: of the MP4 files."""
     return Reward(reward or "remote", RemoteReward(service, reward, batch_size, fps), batch_size=sys.maxsize, whole_videos=True)
 
