@@ -129,7 +129,7 @@ _TINY_BUNDLED = {
     # what makes any bundled workflow short, by class type
     "DanceGRPOLoopStart": {"iterations": 2, "prompts_per_iteration": 2, "micro_batch": 4, "lora_rank": 2},
     "DanceGRPOGroupSample": {"group_size": 3, "steps": 4}, "DanceGRPOUpdate": {"optimizer_steps": 2},
-    "DanceGRPOPromptSet": {"limit": 4}, "DanceGRPOEvaluate": {"steps": 2, "batch_size": 4, "samples_per_prompt": 1},
+    "DanceGRPOWatch": {"every": 1, "steps": 2, "batch_size": 4}, "DanceGRPOPromptSet": {"limit": 4}, "DanceGRPOEvaluate": {"steps": 2, "batch_size": 4, "samples_per_prompt": 1},
 }
 
 

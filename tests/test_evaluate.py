@@ -75,8 +75,8 @@ def test_curves_show_what_watch_found_every_reward_that_trains_and_on_request_th
     found = drawn(rows, watched=watched, statistics=True)
     assert found["exact, watched on held-out prompts"] == ([0, 4], [0.7, 0.6])
     assert found["clip_score, trained on (weight 1)"] == ([1, 2, 3, 4], [0.5] * 4) and found["jpeg_size, trained on (weight -0.5)"][1] == [1.5] * 4
-    assert found["sharpness"][1] == [90.0] * 4 and found["near-duplicates in a group"][1] == [0.0] * 4 and found["gradient norm"][1] == [1.0] * 4
-    assert drawn(rows).keys() == found.keys() - {"exact, watched on held-out prompts", "sharpness", "saturation", "grid artefacts", "near-duplicates in a group"}
+    assert found["sharpness"][1] == [90.0] * 4 and found["near-duplicates"][1] == [0.0] * 4 and found["gradient norm"][1] == [1.0] * 4
+    assert drawn(rows).keys() == found.keys() - {"exact, watched on held-out prompts", "sharpness", "saturation", "grid artefacts", "near-duplicates"}
 
 
 def test_curves_of_a_run_from_before_the_statistics_were_written(drawn):

@@ -300,3 +300,18 @@ def test_an_interrupt_in_an_evaluation_leaves_the_policy_in_training_alone(cli, 
     assert cli("run", saved(watched()), "--output", tmp_path / "watched", *words, "--set", "Loop Start.on_existing=resume").status == 0
     assert cli("run", saved(loop_only), "--output", tmp_path / "alone", *words).status == 0
     assert equal(lora(tmp_path / "watched/quickstart"), lora(tmp_path / "alone/quickstart"))
+
+
+def test_weights_that_are_held_reach_the_policy_and_its_own_come_back_bit_for_bit():
+    """Where the parameters are masters of what the policy computes with, that is told of both changes; and an error brings them back too."""
+    from comfy_dancegrpo.grpo.learner import Learner, OptimizerSettings
+
+    master, told = torch.nn.Parameter(torch.tensor([0.1, 1e-40, -0.0])), []
+    learner = Learner(None, {"w": master}, OptimizerSettings(ema_decay=0.5), "run", lambda: told.append(master.detach().clone()))
+    own, other = master.detach().clone(), torch.tensor([7.0, 8.0, 9.0])
+    with pytest.raises(ValueError, match="in the block"), learner.holding({"w": other}):
+        assert torch.equal(told[-1], other)
+        raise ValueError("in the block")
+    assert len(told) == 2 and torch.equal(told[-1].view(torch.int32), own.view(torch.int32)) and learner.parameters["w"] is master and master.requires_grad
+    state = learner.state() | {"ema.w": other}
+    assert torch.equal(learner.result(state)["w"], other)

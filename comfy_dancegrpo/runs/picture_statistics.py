@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-NAMES = {"sharpness": "sharpness", "saturation": "saturation", "grid": "grid artefacts", "near_duplicates": "near-duplicates in a group"}
+NAMES = {"sharpness": "sharpness", "saturation": "saturation", "grid": "grid artefacts", "near_duplicates": "near-duplicates"}
 DUPLICATE = 0.02  # of the range 0..1: pictures whose root mean square difference is smaller look alike
 THUMB = 32  # pixels, to which two pictures are reduced before they are compared: fine noise does not tell them apart
 ROUNDING = 1 / 12 / 255**2  # variance of rounding to 8 bits: power below it is no artefact that anyone sees
