@@ -1,7 +1,8 @@
 """The user's own settings on this machine: what a workflow, which may come from a stranger, must not decide.
 
     {"allowed_hosts": ["gpu-box:8190", "judge.example"],        hosts that rewards may call; without a port, at any
-     "api_keys": {"judge.example": "sk-…"}}                      sent to that host alone
+     "api_keys": {"judge.example": "sk-…"},                      sent to that host alone
+     "reward_folders": ["~/models/reward_models/custom"]}        whose .py files are rewards: what is in there may be executed
 
 A JSON file: $DANCEGRPO_SETTINGS, or settings.json in the user's configuration folder. It is read anew each time.
 """
@@ -20,15 +21,17 @@ from typing import Any
 from .errors import RunError
 
 PATH = "DANCEGRPO_SETTINGS"  # an environment variable
+FOLDERS = "reward_folders"
 API_KEYS = "DANCEGRPO_API_KEYS"  # another: "HOST[:PORT]=KEY", several with spaces between; these come before the file's
 
 
 @dataclass(frozen=True)
 class Settings:
-    """allowed_hosts: HOST or HOST:PORT each. api_keys: a key by HOST or HOST:PORT."""
+    """allowed_hosts: HOST or HOST:PORT each. api_keys: a key by HOST or HOST:PORT. reward_folders: of .py files that are rewards; "~" is home."""
 
     allowed_hosts: tuple[str, ...] = ()
     api_keys: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}), repr=False)
+    reward_folders: tuple[str, ...] = ()
 
 
 def path() -> Path:
@@ -55,7 +58,8 @@ def read() -> Settings:
     except ValueError:
         raise RunError(f"the settings {path()} are not JSON in UTF-8") from None
     checked = _checked(found)
-    return Settings(tuple(checked.get("allowed_hosts", ())), {**checked.get("api_keys", {}), **_keys_of_the_environment()})
+    return Settings(tuple(checked.get("allowed_hosts", ())), {**checked.get("api_keys", {}), **_keys_of_the_environment()},
+                    tuple(checked.get(FOLDERS, ())))
 
 
 def _checked(found: Any) -> dict[str, Any]:
@@ -63,11 +67,13 @@ def _checked(found: Any) -> dict[str, Any]:
     if not isinstance(found, dict) or not found.keys() <= set(accepted):
         wrong = repr(sorted(found.keys() - set(accepted))[0]) if isinstance(found, dict) else type(found).__name__
         raise RunError(f"the settings {path()}: found {wrong}, accepted: an object with {', '.join(map(repr, accepted))}")
-    hosts, keys = found.get("allowed_hosts", []), found.get("api_keys", {})
+    hosts, keys, folders = found.get("allowed_hosts", []), found.get("api_keys", {}), found.get(FOLDERS, [])
     if not isinstance(hosts, list) or not all(isinstance(host, str) for host in hosts):
         raise RunError(f'the settings {path()}: "allowed_hosts": found {hosts!r}, accepted: a list of "HOST" or "HOST:PORT"')
     if not isinstance(keys, dict) or not all(isinstance(key, str) for key in keys.values()):
         raise RunError(f'the settings {path()}: "api_keys": accepted: an object of "HOST" or "HOST:PORT" and the key for it')
+    if not isinstance(folders, list) or not all(isinstance(folder, str) and os.path.isabs(os.path.expanduser(folder)) for folder in folders):
+        raise RunError(f'the settings {path()}: "{FOLDERS}": found {folders!r}, accepted: a list of folders, from the root or from "~" on')
     return found
 
 

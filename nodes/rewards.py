@@ -24,7 +24,7 @@ class LoadReward:
     @classmethod
     def INPUT_TYPES(cls):
         return {"required": {
-            "reward": wires.choice(list(rewards.REWARDS), "What is measured; the node's help page describes each."),
+            "reward": wires.choice(list(rewards.known()), "What is measured; the node's help page describes each."),
             "model": wires.choice(rewards.available_models(), "A file or folder in reward_models, a hub id in the Hugging Face cache (org/name, or "
                                                               "org/name/file), or the embedded CLIP. Rewards without a model ignore it."),
             "batch_size": wires.integer(32, 1, 4096, "Pictures scored at once."),
@@ -38,9 +38,12 @@ class LoadReward:
         }}
 
     @classmethod
+    def IS_CHANGED(cls, reward, **inputs):
+        kind = rewards.known().get(reward)
+        return kind.state() if kind else ""  # ComfyUI caches: a file of the user's that has changed since is loaded anew
+
+    @classmethod
     def VALIDATE_INPUTS(cls, reward, model, base=rewards.PUBLISHED, device=""):
-        if reward is not None and reward not in rewards.REWARDS:
-            return f'input "reward": found {reward!r}, accepted: one of {", ".join(map(repr, rewards.REWARDS))}'
         if None in (reward, model, base, device):  # they come over links
             return True
         return rewards.problem(reward, model, base, device) or True

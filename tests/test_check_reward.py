@@ -83,7 +83,7 @@ def test_a_reward_of_whole_videos_is_told_each_videos_frame_rate(tmp_path, pictu
 
 
 @pytest.mark.parametrize("arguments, line", [
-    (["nothing", "{picture}"], "reward: found 'nothing', accepted: one of clip_score, aesthetic, "),
+    (["nothing", "{picture}"], "input \"reward\": found 'nothing', accepted: one of 'clip_score', 'aesthetic', "),
     (["clip_score", "{picture}"], "one.png: found no prompt for it, accepted: --prompt TEXT"),
     (["clip_score", "{table}", "--prompt", "a"], "table.csv: it cannot be read as a picture or a video ("),
     (["clip_score", "{picture}", "--prompt", "a", "--model", "nowhere"], 'input "model": found \'nowhere\', which is in none of the folders'),

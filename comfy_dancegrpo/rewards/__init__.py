@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
+import functools
+import logging
 import re
 from dataclasses import replace
 
 from ..errors import RunError
+from . import own
 from .base import FPS, FRAME_SCORES, Deferred, Kind, Reward, RewardFunction, Source, distinct, spread
 from .places import EMBEDDED, PUBLISHED, available_bases, available_models, source
 
@@ -33,10 +35,27 @@ REWARDS: dict[str, Kind] = {  # the first is what a new Load Reward shows
 }
 
 
+def known() -> dict[str, Kind]:
+    """`REWARDS`, and after them the user's own. What keeps one of these away is logged, once; it hides no other."""
+    kinds, lines = own.found(REWARDS)
+    for line in lines.values():
+        _log(line)
+    return {**REWARDS, **dict(sorted(kinds.items()))}
+
+
+@functools.cache
+def _log(line: str) -> None:
+    logging.warning("%s", line)
+
+
 def problem(name: str, model: str, base: str = PUBLISHED, device: str = "") -> str | None:
     """Why `load` would fail, in one line, found without loading anything; None when it would not."""
+    kinds = known()
+    if name not in kinds:
+        return f'input "reward": found {name!r}, accepted: one of {", ".join(map(repr, kinds))}{own.why_not(name, REWARDS)}'
     try:
-        source(name, REWARDS[name], model, base)
+        source(name, kinds[name], model, base)
+        kinds[name].check()
     except RunError as error:
         return str(error)
     if not re.fullmatch(r"(?:[a-z]+(?::\d+)?)?", device):
@@ -47,13 +66,9 @@ def problem(name: str, model: str, base: str = PUBLISHED, device: str = "") -> s
 def load(name: str, model: str = EMBEDDED, batch_size: int = 32, base: str = PUBLISHED, fps: float = FPS, **options) -> Reward:
     """The reward, whose weights are loaded when it first scores. fps: frames a second, of whole videos. `options`: other fields of `Reward`.
 
-    Raises `RunError` where `problem` names one, `KeyError` on a name that is not in `REWARDS`.
+    Raises `RunError` where `problem` names one, and where a reward of the user's cannot be imported; `KeyError` on a name that is not `known`.
     """
-    kind = REWARDS[name]
+    kind = known()[name]
     made_of = replace(source(name, kind, model, base), part=kind.part, fps=fps)
-
-    def make() -> RewardFunction:
-        module = kind.module if "." in kind.module else f"{__name__}.{kind.module}"
-        return importlib.import_module(module).load(made_of)
-
-    return Reward(name, Deferred(make), batch_size, whole_videos=kind.whole_videos, **options)
+    module = kind.imported()
+    return Reward(name, Deferred(lambda: module.load(made_of)), batch_size, whole_videos=kind.whole_videos, **options)

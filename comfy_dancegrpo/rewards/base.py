@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import threading
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from .. import processes
 from ..errors import RunError, is_stop
@@ -30,7 +31,7 @@ class RewardFunction(Protocol):
         """N pictures [H, W, 3] float32 in 0..1 on the CPU (as one tensor where all are of one size), N prompts; returns [N].
 
         A prompt that came with a reference picture is a `prompts.Prompt`, which has it. The function of a `Kind` with
-        `whole_videos` is given N videos [F, H, W, 3] instead; a picture is then a video of one frame.
+        `whole_videos`, or that has such an attribute itself, is given N videos [F, H, W, 3] instead; a picture is then a video of one frame.
         """
 
 
@@ -50,7 +51,7 @@ class Source:
 class Kind:
     """A reward's line in the registry: what can be told of it without loading anything.
 
-    module: in this package, with `load(source: Source) -> RewardFunction`; a custom reward's has a dot, and is the whole name.
+    module: in this package, with `load(source: Source) -> RewardFunction`.
     part: which of the numbers that the module gives.
     model_type: of config.json, where it takes a transformers folder. suffixes: of names, where it takes a single file of weights.
     contains: a file's name, where it takes a folder that is known by it.
@@ -72,6 +73,19 @@ class Kind:
     embedded: bool = False
     published: str = ""
     whole_videos: bool = False
+
+    takes_any = False  # not described here, so that any model will do, or none
+
+    def imported(self) -> Any:
+        """What has the `load`."""
+        return importlib.import_module(f".{self.module}", __package__)
+
+    def check(self) -> None:
+        """Raises `RunError` where `imported`, or its `load`, is known to fail."""
+
+    def state(self) -> str:
+        """Differs when what `imported` gives may differ, while the program runs."""
+        return ""
 
     @property
     def has_model(self) -> bool:
@@ -144,7 +158,7 @@ class Reward:
             return torch.zeros(0)
         host().load(self)
         videos = len(pictures) > 0 and pictures[0].ndim == 4
-        if self.whole_videos:
+        if self.whole_videos or getattr(self.loaded, "whole_videos", False):
             return self._batches(pictures if videos else [picture[None] for picture in pictures], prompts)
         if videos:
             chosen = [video[spread(len(video), self.frames)] for video in pictures]
