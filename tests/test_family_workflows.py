@@ -1,4 +1,4 @@
-"""The bundled workflows of the model families: generated from one table, valid, and run from end to end with tiny models under the published names."""
+"""The bundled workflows of the model families: written from one table, valid, and run with tiny models under the published names."""
 
 import json
 import shutil
@@ -73,6 +73,11 @@ def test_there_is_one_for_every_family():
 def test_it_is_what_the_tool_writes(name):
     """After a change of a node or of the table: python tools/family_workflows.py"""
     assert (ROOT / "workflows" / f"{name}.json").read_text(encoding="utf-8") == tool.text_of(name)
+
+
+def test_the_page_has_the_table_that_the_tool_writes():
+    page = tool.PAGE.read_text(encoding="utf-8")
+    assert tool.table() in page and tool.page_with_table(page) == page
 
 
 @pytest.mark.parametrize("name", tool.FAMILIES)

@@ -1,4 +1,4 @@
-"""Writes the bundled workflows of the model families, as the editor saves them: `python tools/family_workflows.py`.
+"""Writes the bundled workflows of the model families, as the editor saves them, and the table of them: `python tools/family_workflows.py`.
 
 One table of families with the settings that were published for them, and one graph. A new input of a node is in them after the next call;
 tests/test_family_workflows.py fails until then.
@@ -7,7 +7,7 @@ tests/test_family_workflows.py fails until then.
 from __future__ import annotations
 
 import json
-import textwrap
+import re
 import uuid
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +17,8 @@ from comfy_dancegrpo import nodes
 from comfy_dancegrpo.workflow.schema import inputs_of, object_info
 
 FOLDER = Path(__file__).resolve().parent.parent / "workflows"
+PAGE = FOLDER.parent / "docs" / "families.md"
+BEGIN, END = "<!-- written by tools/family_workflows.py -->\n", "<!-- end -->\n"
 REGISTRY = {**nodes.HOST_CLASS_MAPPINGS, **nodes.NODE_CLASS_MAPPINGS}
 REWARD = "openai/clip-vit-large-patch14"
 DANCE = "Settings: DanceGRPO's published script {script} (arXiv 2505.07818), on all its GPUs together."
@@ -63,7 +65,8 @@ FAMILIES = {
     "sdxl": Family(
         "SDXL", "stabilityai/stable-diffusion-xl-base-1.0",
         "Nobody has published settings of DanceGRPO for it: those of Stable Diffusion 1.4 (finetune_sd_grpo.sh), at 1024x1024 with the model's "
-        f"own guidance. {LORA}", (1024, 1024, 1), 50, "ddim", 1.0, 0.0, 5.0, 16, prompts=32, optimizer_steps=98, train_fraction=1.0, drawing_steps=50),
+        f"own guidance. {LORA}",
+        (1024, 1024, 1), 50, "ddim", 1.0, 0.0, 5.0, 16, prompts=32, optimizer_steps=98, train_fraction=1.0, drawing_steps=50),
     "sd35": Family(
         "Stable Diffusion 3.5 medium", "stabilityai/stable-diffusion-3.5-medium",
         "Settings: Flow-GRPO's published ones (arXiv 2505.05470), on all its GPUs together. Their noise is another, and they add a penalty of the "
@@ -84,7 +87,8 @@ FAMILIES = {
         "Qwen-Image", "Qwen/Qwen-Image", f"{DANCE.format(script='finetune_qwenimage_grpo.sh')} {LORA} Guidance 1 is none: it trains without.",
         steps=20, guidance=1.0, drawing_steps=50),
     "qwen_image_edit": Family(
-        "Qwen-Image-Edit", "Qwen/Qwen-Image-Edit", f"{DANCE.format(script='finetune_qwenimage_edit_grpo.sh')} {LORA} Guidance 1 is none: it trains without.",
+        "Qwen-Image-Edit", "Qwen/Qwen-Image-Edit",
+        f"{DANCE.format(script='finetune_qwenimage_edit_grpo.sh')} {LORA} Guidance 1 is none: it trains without.",
         (512, 512, 1), 20, guidance=1.0, group=8, prompt_file="edits", drawing_steps=50),
     "z_image": Family(
         "Z-Image-Turbo", "Tongyi-MAI/Z-Image-Turbo", f"{OWN} As a distilled model it takes 8 steps, and guidance 0, which is none.",
@@ -97,10 +101,11 @@ FAMILIES = {
         "Nobody has published settings of DanceGRPO for it: size, steps and group of Flow-GRPO's for Wan 2.1 (arXiv 2505.05470), the noise of "
         "DanceGRPO's for Wan 2.1, the model's own guidance, which is another for each of its two experts (guidance_scale_2 in Load Policy), and its "
         "own scheduler's shift.",
-        (416, 240, 33), 20, shift=0.0, guidance=4.0, group=4, prompts=8, prompt_file="videos", fps=16.0, drawing_steps=40, load={"guidance_scale_2": 3.0}),
+        (416, 240, 33), 20, shift=0.0, guidance=4.0, group=4, prompts=8, prompt_file="videos", fps=16.0, drawing_steps=40,
+        load={"guidance_scale_2": 3.0}),
     "hunyuan_video": Family(
         "HunyuanVideo", "hunyuanvideo-community/HunyuanVideo",
-        f"{DANCE.format(script='finetune_hunyuan_grpo.sh')} {LORA} Of 24 videos the 4 best and the 4 worst are trained. Each video starts from noise of "
+        f"{DANCE.format(script='finetune_hunyuan_grpo.sh')} {LORA} Of 24 videos the 4 best and the 4 worst are trained. Each starts from noise of "
         "its own; the script's --use_same_noise would be initial_noise shared.",
         (480, 480, 53), 16, eta=0.25, shift=5.0, guidance=6.018, group=24, noise="independent", prompts=32, iterations=200,
         prompt_file="videos", drawing_steps=50, advantage={"best_of": 8}),
@@ -112,13 +117,13 @@ FAMILIES = {
         "HunyuanSkyreelsImageToVideoPipeline as _class_name."),
     "ltx_video": Family(
         "LTX-Video", "Lightricks/LTX-Video",
-        "Nobody has published settings of DanceGRPO for it: those of HunyuanVideo, at the model's own size and guidance, with 49 frames, and with its "
-        "own scheduler's shift.",
+        "Nobody has published settings of DanceGRPO for it: those of HunyuanVideo, at the model's own size and guidance, with 49 frames, and with "
+        "its own scheduler's shift.",
         (704, 512, 49), 16, eta=0.25, shift=0.0, guidance=3.0, group=8, prompts=32, iterations=200, prompt_file="videos", fps=25.0, drawing_steps=50),
     "ltx2": Family(
         "LTX-2", "Lightricks/LTX-2",
-        "Nobody has published settings of DanceGRPO for it: those of HunyuanVideo, at the model's own size and guidance, with 49 frames, and with its "
-        "own scheduler's shift. Its sound is sampled and trained along, and not scored.",
+        "Nobody has published settings of DanceGRPO for it: those of HunyuanVideo, at the model's own size and guidance, with 49 frames, and with "
+        "its own scheduler's shift. Its sound is sampled and trained along, and not scored.",
         (768, 512, 49), 16, eta=0.25, shift=0.0, guidance=3.0, group=8, prompts=32, iterations=200, prompt_file="videos", drawing_steps=30),
 }
 SUFFIXES = {"pictures": "txt", "videos": "txt", "edits": "jsonl", "first_frames": "jsonl"}
@@ -174,8 +179,9 @@ class Graph:
 
     def note(self, text: str, high: int) -> None:
         self.nodes.append({
-            "id": len(self.nodes) + 1, "type": "MarkdownNote", "pos": [self.x, self.y], "size": [self.width, high], "flags": {}, "order": len(self.nodes),
-            "mode": 0, "inputs": [], "outputs": [], "properties": {}, "widgets_values": [text], "color": "#432", "bgcolor": "#653"})
+            "id": len(self.nodes) + 1, "type": "MarkdownNote", "pos": [self.x, self.y], "size": [self.width, high], "flags": {},
+            "order": len(self.nodes), "mode": 0, "inputs": [], "outputs": [], "properties": {}, "widgets_values": [text],
+            "color": "#432", "bgcolor": "#653"})
 
     def frame(self, title: str, color: str, *around: dict) -> None:
         """A group around nodes."""
@@ -191,15 +197,16 @@ class Graph:
 
 
 def note_of(family: Family) -> str:
-    width, height, frames = family.size
+    frames = family.size[2]
     folder = f"It goes into the Hugging Face cache, or as a folder into models/diffusers/{family.policy}. {family.get}".strip()
     lines = [
         f"# DanceGRPO on {family.title}", family.source,
         f"**Files.** `hf download {family.policy}` and `hf download {REWARD}` (the reward). {folder}",
-        f"**Prompts.** {family.prompt_file}_train.{SUFFIXES[family.prompt_file]} and _test are small sets of ours, for a try; name your own file, of some thousand "
-        "prompts, in Prompt Set.",
-        f"**Time and memory.** An iteration samples {family.prompts * family.group} {'videos' if frames > 1 else 'pictures'}, shared out over 8 GPUs or more where they were published; "
-        "on one GPU, lower prompts_per_iteration first, and optimizer_steps with it. `dancegrpo validate FILE --memory` estimates the memory.",
+        f"**Prompts.** {family.prompt_file}_train.{SUFFIXES[family.prompt_file]} and _test are small sets of ours, for a try; name your own file, "
+        "of some thousand prompts, in Prompt Set.",
+        f"**Time and memory.** An iteration samples {family.prompts * family.group} {'videos' if frames > 1 else 'pictures'}: published settings "
+        "share these out over 8 to 32 GPUs. On one GPU, lower prompts_per_iteration first, and optimizer_steps with it. "
+        "`dancegrpo validate FILE --memory` estimates the memory.",
     ]
     return "\n\n".join(lines)
 
@@ -241,8 +248,8 @@ def workflow(name: str) -> dict:
                       steps=f.steps, shift=f.shift, batch_size=1, grid_columns=4, **of_model)
     g.column(2880, 480)
     last = g.add("SaveImage", "Save Before/After", {"images": (evaluated, 0)}, 360, filename_prefix="before_after")
-    drawn = g.add(f"{OURS}Sample", "Sample (by the model's own pipeline)", {"policy": (policy, 0), "prompts": (heldout, 0), "lora": (end, 0)},
-                  steps=f.drawing_steps, **of_model)
+    drawn = g.add(f"{OURS}Sample", "Sample (by the model's own pipeline)",
+                  {"policy": (policy, 0), "prompts": (heldout, 0), "lora": (end, 0)}, steps=f.drawing_steps, **of_model)
     g.column(3420, 420)
     if frames > 1:
         shown = g.add(f"{OURS}SaveVideo", "", {"images": (drawn, 0)}, 360, fps=f.fps, filename_prefix="tuned")
@@ -259,7 +266,27 @@ def text_of(name: str) -> str:
     return json.dumps(workflow(name), indent=1, ensure_ascii=False) + "\n"
 
 
+def table() -> str:
+    """The rows about them in docs/families.md."""
+    rows = ["| workflow | model | size | steps | eta | shift | guidance | group x prompts | settings |", "|---|---|---|---|---|---|---|---|---|"]
+    for name, f in FAMILIES.items():
+        script = re.search(r"published script (\S+)", f.source)
+        other = "Flow-GRPO" if f.source.startswith("Settings: Flow-GRPO") else "none published: see its note"
+        origin = f"DanceGRPO, `{script[1]}`" if script else other
+        size = "x".join(str(edge) for edge in f.size[: 3 if f.size[2] > 1 else 2])
+        shift = "" if f.transition == "ddim" else f"{f.shift:g}" if f.shift else "its own"
+        guidance = f"{f.guidance:g}" + "".join(f", {value:g}" for value in f.load.values())
+        rows.append(f"| `{name}` | {f.policy} | {size} | {f.steps} | {f.eta:g} | {shift} | {guidance} "
+                    f"| {f.group} x {f.prompts} | {origin} |")
+    return "\n".join(rows) + "\n"
+
+
+def page_with_table(page: str) -> str:
+    before, _, rest = page.partition(BEGIN)
+    return before + BEGIN + table() + END + rest.partition(END)[2]
+
+
 if __name__ == "__main__":
     for family_name in FAMILIES:
         (FOLDER / f"{family_name}.json").write_text(text_of(family_name), encoding="utf-8", newline="\n")
-        print(textwrap.shorten(f"{family_name}: {FAMILIES[family_name].title}", 100))
+    PAGE.write_text(page_with_table(PAGE.read_text(encoding="utf-8")), encoding="utf-8", newline="\n")

@@ -25,7 +25,8 @@ FREE = (120, 120)  # where on the page no bar of its own lies over the canvas
 def draw(page, name: str) -> Image.Image:
     page.evaluate("(graph) => app.loadGraphData(graph)", json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8")))
     page.wait_for_function("() => document.querySelector('.dancegrpo-panel')")
-    page.evaluate("""([left, top, x, y]) => { app.canvas.ds.scale = 1; app.canvas.ds.offset = [left - x, top - y]; app.canvas.setDirty(true, true); }""",
+    page.evaluate("""([left, top, x, y]) => { app.canvas.ds.scale = 1; app.canvas.ds.offset = [left - x, top - y];
+                  app.canvas.setDirty(true, true); }""",
                   [*FREE, *CORNER])
     page.wait_for_timeout(1500)
     shot = page.screenshot(clip={"x": FREE[0], "y": FREE[1], "width": SHOWN[0], "height": SHOWN[1]})
