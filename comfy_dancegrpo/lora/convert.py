@@ -89,9 +89,14 @@ def write(found: Found, path: Path, names: str) -> list[Path]:
         if len(found.families) == 1:
             header["modelspec.architecture"] = f"{found.families[0].architecture}/lora"
         with replacing(target) as beside:
-            save_file({name: (value if name.endswith(".alpha") else value.to(found.dtype)).contiguous() for name, value in content.items()}, beside, metadata=header)
+            save_file({name: _apart(value, found.dtype) for name, value in content.items()}, beside, metadata=header)
         written.append(target)
     return written
+
+
+def _apart(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """Memory of its own: the parts of a fused layer share an A, and safetensors takes no two tensors in one place. alpha stays float32."""
+    return value.to(dtype if value.ndim else value.dtype, copy=True).contiguous()
 
 
 def _contents(found: Found, names: str) -> dict[str, dict[str, Tensor]]:
