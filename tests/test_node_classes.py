@@ -65,7 +65,7 @@ CHOICES = {
     "DanceGRPOWatch.below": {"best", "start"},
     "DanceGRPOGroupSample.transition": {"dance_sde", "ddim"},
     "DanceGRPOGroupSample.initial_noise": {"shared", "independent"},
-    "DanceGRPOLoadReward.reward": {"aesthetic", "clip_score", "hps_v2", "pickscore", "hps_v3", "image_reward", "jpeg_size", "shapes_agreement",
+    "DanceGRPOLoadReward.reward": {"aesthetic", "clip_score", "hps_v2", "pickscore", "hps_v3", "image_reward", "jpeg_size", "ocr", "shapes_agreement",
                                   *(f"video_align_{part}{raw}" for part in ("visual", "motion", "text", "overall") for raw in ("", "_raw"))},
     "DanceGRPOLoadReward.model": {"embedded"},
     "DanceGRPOLoadReward.base": {"published"},

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import BertTokenizerFast
 
 from comfy_dancegrpo import rewards
 from comfy_dancegrpo.errors import RunError
@@ -69,8 +68,8 @@ def models(tmp_path, tensors):
     folder = tmp_path / "reward_models"
     base = folder / "bert-base-uncased"
     base.mkdir(parents=True)
-    (tmp_path / "vocab.txt").write_text("\n".join(WORDS))
-    BertTokenizerFast(vocab=str(tmp_path / "vocab.txt")).save_pretrained(base)
+    (base / "vocab.txt").write_text("\n".join(WORDS))
+    (base / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "BertTokenizer", "do_lower_case": True}))
     (base / "config.json").write_text(json.dumps({"model_type": "bert"}))
     torch.save(tensors, folder / "ImageReward.pt")
     with use(Host(models=tmp_path)):

@@ -26,6 +26,7 @@ REWARDS: dict[str, Kind] = {  # the first is what a new Load Reward shows
     "image_reward": Kind("image_reward", suffixes=(".pt", ".safetensors"), base="google-bert/bert-base-uncased", base_type="bert",
                          published="ImageReward.pt of huggingface.co/THUDM/ImageReward"),
     "jpeg_size": Kind("jpeg_size"),
+    "ocr": Kind("ocr", extra="ocr", packages=("rapidocr", "onnxruntime")),
     "pickscore": Kind("pickscore", model_type="clip", base=_VIT_H, base_type="clip",
                       published="the folder yuvalkirstain/PickScore_v1 of huggingface.co"),
     "shapes_agreement": Kind("shapes_agreement"),

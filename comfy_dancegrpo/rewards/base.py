@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import itertools
 import threading
 from collections.abc import Callable, Collection, Sequence
@@ -19,6 +20,8 @@ from .faults import Given, RewardFault, fault
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
+
+    from ..grpo.protocol import Rollout
 
 FPS = 8.0  # at which DanceGRPO shows its videos to their reward
 FRAME_SCORES = ("mean", "worst")  # of a video's scored frames, what is its score
@@ -60,6 +63,7 @@ class Kind:
     embedded: the embedded model serves it.
     published: the weights' published name and where they come from, for whoever lacks them.
     whole_videos: scores a video as a whole; others score a video's frames one by one.
+    extra, packages: of comfy-dancegrpo, that it needs, and what that installs.
     """
 
     module: str
@@ -73,6 +77,8 @@ class Kind:
     embedded: bool = False
     published: str = ""
     whole_videos: bool = False
+    extra: str = ""
+    packages: tuple[str, ...] = ()
 
     takes_any = False  # not described here, so that any model will do, or none
 
@@ -82,6 +88,9 @@ class Kind:
 
     def check(self) -> None:
         """Raises `RunError` where `imported`, or its `load`, is known to fail."""
+        missing = [name for name in self.packages if importlib.util.find_spec(name) is None]
+        if missing:
+            raise RunError(f'input "reward": found {self.module!r}, which needs {" and ".join(missing)}; pip install "comfy-dancegrpo[{self.extra}]"')
 
     def state(self) -> str:
         """Differs when what `imported` gives may differ, while the program runs."""
@@ -167,6 +176,11 @@ class Reward:
             of_video = {"mean": torch.mean, "worst": torch.min}[self.frame_score]
             return torch.stack([of_video(values[owners == i]) for i in range(len(chosen))])
         return self._batches(pictures, prompts)
+
+    def of(self, rollout: Rollout, pictures: Tensor | Sequence[Tensor] | None = None) -> Tensor:
+        """[N] float32 in every process, of all N samples of a rollout, each scored where it was drawn. pictures: in place of this process's own."""
+        own = self(rollout.pictures if pictures is None else pictures, rollout.own_prompts)
+        return processes.gathered(own, rollout.places, rollout.size)
 
     def _batches(self, pictures: Tensor | Sequence[Tensor], prompts: Sequence[str]) -> Tensor:
         import torch
