@@ -27,11 +27,13 @@ class ApplyPolicyLora:
         }}
 
     def apply(self, model, lora, strength: float, clip=None, expert="high_noise"):
-        from comfy_dancegrpo.lora import files
+        from comfy_dancegrpo.lora import files, full
 
         try:
-            from .comfy_host import apply_lora
+            from .comfy_host import apply_lora, apply_weights
         except ImportError as error:
             raise RunError("a MODEL is ComfyUI's, and there is no ComfyUI here; run the graph there, or with --comfyui") from error
+        if isinstance(lora, full.FullSnapshot):
+            return apply_weights(model, lora.parts()[-1 if expert == "low_noise" else 0], strength), clip
         parts = files.contents(lora)
         return apply_lora(model, clip, parts.get("", parts.get(f"_{expert}")), strength)

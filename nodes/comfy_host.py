@@ -11,8 +11,10 @@ from typing import Any
 
 import comfy.lora
 import comfy.lora_convert
+import comfy.model_detection
 import comfy.model_management
 import comfy.model_patcher
+import comfy.utils
 import folder_paths
 import nodes as comfy_nodes
 import torch
@@ -229,6 +231,33 @@ def apply_lora(model: Any, clip: Any, tensors: dict[str, torch.Tensor], strength
         if x is not None:
             x.add_patches(patches, strength)
     return patched[0], patched[1]
+
+
+def apply_weights(model: Any, tensors: dict[str, torch.Tensor], strength: float) -> Any:
+    """A copy of ComfyUI's MODEL between its own weights (strength 0) and a denoiser's state in diffusers' names (1). Raises `RunError` where they do not fit."""
+    weights = model.model.diffusion_model.state_dict()
+    found = _comfy_names(model.model, weights, tensors)
+    if left := found.keys() ^ weights.keys():
+        raise RunError(f"the weights do not fit this model: {len(left)} of {len(weights)} names differ, such as {min(left)!r}; accepted: a model of the "
+                       "same family, or the file that Save LoRA writes, in ComfyUI's own Load Diffusion Model")
+    for name, value in found.items():
+        if value.shape != weights[name].shape:
+            raise RunError(f"the weights do not fit this model, which is of another size: {name} is {list(value.shape)} in the one and "
+                           f"{list(weights[name].shape)} in the other")
+    patched = model.clone()
+    patched.add_patches({f"diffusion_model.{name}": ("diff", (value,)) for name, value in found.items()}, strength, 1 - strength)
+    return patched
+
+
+def _comfy_names(model: Any, weights: dict[str, torch.Tensor], tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """By ComfyUI's own maps; what they have no place for keeps its name."""
+    if weights.keys() == tensors.keys():
+        return tensors
+    unet = comfy.utils.unet_to_diffusers(model.model_config.unet_config)
+    if unet:
+        return {unet.get(name, name): value for name, value in tensors.items()}
+    left = {name: value.clone() for name, value in tensors.items()}  # it swaps halves of some in place
+    return {**(comfy.model_detection.convert_diffusers_mmdit(left) or {}), **left}
 
 
 def _check_places(lora: dict[str, torch.Tensor], patches: dict[Any, Any], weights: dict[str, torch.Tensor]) -> None:

@@ -74,17 +74,23 @@ class FullSnapshot:
         with bare(policy), swapped(policy, self.tensors):
             yield
 
+    def parts(self) -> list[dict[str, Tensor]]:
+        """The state of each denoiser, in diffusers' names; of two experts that of high noise first."""
+        return [self._own(prefix) for prefix in self.components]
+
+    def _own(self, prefix: str) -> dict[str, Tensor]:
+        others = tuple(other for other in self.components if other and other != prefix)
+        return {name.removeprefix(prefix): value.contiguous() for name, value in self.tensors.items() if name.startswith(prefix) and not name.startswith(others)}
+
     def save(self, folder: Path, metadata: dict[str, str]) -> list[Path]:
         """Writes `folder/<component>` for each denoiser, as diffusers' `from_pretrained` reads it; returns the files of weights."""
         return [self._save(prefix, folder / component, config, metadata) for prefix, (component, config) in self.components.items()]
 
     def _save(self, prefix: str, folder: Path, config: str, metadata: dict[str, str]) -> Path:
-        others = tuple(other for other in self.components if other and other != prefix)
-        own = {name.removeprefix(prefix): value.contiguous() for name, value in self.tensors.items() if name.startswith(prefix) and not name.startswith(others)}
         with replacing(folder / "config.json") as beside:
             beside.write_text(config, encoding="utf-8")
         with replacing(folder / _WEIGHTS) as beside:
-            save_file(own, beside, metadata=metadata)
+            save_file(self._own(prefix), beside, metadata=metadata)
         return folder / _WEIGHTS
 
 

@@ -60,6 +60,30 @@ class RandomLora:
         return (_snapshot(policy, tensors, settings),)
 
 
+class RandomWeights:
+    """All weights of a full fine-tuning as Loop End gives them, each moved by as much again as it has."""
+
+    RETURN_TYPES, FUNCTION, CATEGORY = ("DANCEGRPO_LORA",), "build", "test"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"policy": ("DANCEGRPO_POLICY",), "of": (["this policy", "another family", "another size"],)}}
+
+    def build(self, policy, of):
+        from comfy_dancegrpo.lora.full import FullSettings
+
+        trained = FullSettings().attach(policy)
+        draw = torch.Generator().manual_seed(0)
+        tensors = {name: p.detach() + torch.randn(p.shape, generator=draw) * p.detach().std(correction=0) for name, p in trained.parameters.items()}
+        snapshot = trained.snapshot(tensors, 1, False, None, ())
+        trained.remove()
+        if of == "another family":
+            tensors = {name.replace("norm_out", "norm_end"): value for name, value in tensors.items()}
+        if of == "another size":
+            tensors["proj_out.bias"] = torch.cat([tensors["proj_out.bias"]] * 2)
+        return (dataclasses.replace(snapshot, tensors=tensors),)
+
+
 def _snapshot(policy, tensors, settings):
     from comfy_dancegrpo.lora.adapter import LoraSnapshot
 
@@ -106,4 +130,4 @@ class Compare:
         return {"ui": {"difference": [(ours - theirs).abs().max().item()], "drawn": theirs.flatten().tolist()}, "result": (0,)}
 
 
-NODE_CLASS_MAPPINGS = {"TestFluxModel": FluxModel, "TestRandomLora": RandomLora, "TestCompare": Compare}
+NODE_CLASS_MAPPINGS = {"TestFluxModel": FluxModel, "TestRandomLora": RandomLora, "TestRandomWeights": RandomWeights, "TestCompare": Compare}
