@@ -113,6 +113,7 @@ def on_first(make: Callable[[], T], told: bool = True) -> T | None:
     if error is not None:
         raise error
     if outcome[0] is not None:
+        outcome[0].from_first = True  # who shows errors need not show it again
         raise outcome[0]
     return value if is_first() else outcome[1]
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from comfy_dancegrpo import processes
 from comfy_dancegrpo.workflow.host import host
 
 from . import wires
@@ -16,6 +17,7 @@ class Evaluate:
     OUTPUT_TOOLTIPS = ("Pictures before and after, side by side.", "Mean gain of the first reward.", "The figures, a line for each reward.")
     FUNCTION = "evaluate"
     OUTPUT_NODE = True
+    EVERY_PROCESS = True
 
     @classmethod
     def INPUT_TYPES(cls):
@@ -43,11 +45,13 @@ class Evaluate:
         host().load(policy)
         found = evaluate.evaluate(policy, lora, settings)
         host().say(f"Evaluate: the base, and with the {lora.kind}{' (moving average)' if lora.averaged else ''} after {lora.iterations} iterations")
+        for comparison in found.comparisons:
+            host().say(comparison.line())
+        report, gain = "\n".join(c.line() for c in found.comparisons), found.comparisons[0].summary()["gain"]
+        if not processes.is_first():
+            return None, gain, report
         if lora.folder is not None:  # one that was loaded from a file is of no run here
             RunFolder(lora.folder).add_evaluations(
                 str(unique_id), {comparison.reward: comparison.summary() for comparison in found.comparisons}, prompt or {})
-        for comparison in found.comparisons:
-            host().say(comparison.line())
         grid = pictures.before_after(found, grid_columns, grid_rows)
-        report = "\n".join(c.line() for c in found.comparisons)
-        return {"ui": {"text": [report]}, "result": (pictures.to_tensor(grid), found.comparisons[0].summary()["gain"], report)}
+        return {"ui": {"text": [report]}, "result": (pictures.to_tensor(grid), gain, report)}

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import time
 
-from comfy_dancegrpo import processes, rewards
+from comfy_dancegrpo import rewards
 from comfy_dancegrpo.errors import RunError
 
 from . import wires
@@ -88,8 +88,7 @@ class Score:
 
     def score(self, rollout, reward, weight, images=None, scores=(None,)):
         start, rollout, reward = time.perf_counter(), rollout[0], reward[0]
-        pictures = rollout.pictures if images is None else _own(_samples(images, rollout), rollout)
-        values = processes.gathered(reward(pictures, rollout.own_prompts), rollout.places, rollout.size)
+        values = reward.of(rollout, None if images is None else _own(_samples(images, rollout), rollout))
         return (_with(rollout, reward.name, weight[0], values, scores[0], time.perf_counter() - start),)
 
 

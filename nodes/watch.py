@@ -20,6 +20,7 @@ class Watch:
     FUNCTION = "watch"
     OUTPUT_NODE = True
     LOOP_WATCH = True
+    EVERY_PROCESS = True
 
     @classmethod
     def INPUT_TYPES(cls):

@@ -10,7 +10,7 @@ from statistics import NormalDist
 import torch
 from torch import Tensor
 
-from ..grpo.protocol import Conditioning, SamplingPlan
+from ..grpo.protocol import Conditioning, Rollout, SamplingPlan
 from ..grpo.rollout import Request, sample
 from ..lora.adapter import LoraSnapshot, applied, bare
 from ..policies.base import Policy
@@ -53,12 +53,12 @@ class Comparison:
 @dataclass(frozen=True)
 class Evaluation:
     """comparisons: one a reward. before and after: of each prompt the first pictures, [N, H, W, 3] float32 in 0..1, in the
-    order of `prompts`; of videos [N, F, H, W, 3]."""
+    order of `prompts`; of videos [N, F, H, W, 3]. The first process has them, the others None."""
 
     prompts: tuple[str, ...] = field(repr=False)
     comparisons: tuple[Comparison, ...]
-    before: Tensor = field(repr=False)
-    after: Tensor = field(repr=False)
+    before: Tensor | None = field(repr=False)
+    after: Tensor | None = field(repr=False)
 
 
 def t_quantile(p: float, degrees: int) -> float:
@@ -90,17 +90,16 @@ class HeldOut:
             names.append(distinct(reward.name, names))
         return names
 
-    def draw(self, policy: Policy, conditioning: Conditioning, tick: Callable[[int, int], None] = lambda done, total: None) -> Tensor:
-        """[N * samples_per_prompt, H, W, 3] (videos [..., F, H, W, 3]), a prompt's after one another, as the policy stands now."""
+    def draw(self, policy: Policy, conditioning: Conditioning, tick: Callable[[int, int], None] = lambda done, total: None) -> Rollout:
+        """N * samples_per_prompt pictures or videos, a prompt's after one another, as the policy stands now; without what is trained on."""
         request = Request(self.prompts, self.samples_per_prompt, policy.latent_shape(self.plan.size), self.seed, iteration=-1,
                           shared_noise=False, micro_batch=self.micro_batch)
-        return sample(policy, request, conditioning, self.plan, ("evaluation", 0), tick=tick, record=False).pictures
+        return sample(policy, request, conditioning, self.plan, ("evaluation", 0), tick=tick, record=False)
 
-    def score(self, pictures: Tensor) -> dict[str, Tensor]:
+    def score(self, drawn: Rollout) -> dict[str, Tensor]:
         """[N] of each reward, by name."""
-        repeated = tuple(prompt for prompt in self.prompts for _ in range(self.samples_per_prompt))
-        return {name: reward(pictures, repeated).view(len(self.prompts), self.samples_per_prompt).mean(1)
-                for name, reward in zip(self.names, self.rewards)}
+        values = {name: reward.of(drawn) for name, reward in zip(self.names, self.rewards)}
+        return {name: of_all.view(len(self.prompts), self.samples_per_prompt).mean(1) for name, of_all in values.items()}
 
 
 def evaluate(policy: Policy, snapshot: LoraSnapshot, held_out: HeldOut) -> Evaluation:
@@ -123,4 +122,5 @@ def evaluate(policy: Policy, snapshot: LoraSnapshot, held_out: HeldOut) -> Evalu
         scores = held_out.score(before), held_out.score(after)
     comparisons = tuple(Comparison(name, scores[0][name], scores[1][name]) for name in held_out.names)
     shown = slice(None, None, held_out.samples_per_prompt)
-    return Evaluation(held_out.prompts, comparisons, before[shown].clone(), after[shown].clone())
+    pictures = [None if drawn.every_picture is None else drawn.every_picture[shown].clone() for drawn in (before, after)]
+    return Evaluation(held_out.prompts, comparisons, *pictures)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from .. import processes
 from ..errors import RunError
 from ..grpo.learner import Learner, OptimizerSettings
 from ..grpo.noise import generator
@@ -23,7 +24,7 @@ from ..policies.base import Policy
 from ..prompts import PromptList
 from ..workflow.host import host
 from . import checkpoints, live, metrics, picture_statistics
-from .folder import claim
+from .folder import RunFolder, claim
 from .prompt_cache import PromptCache
 from .watch import Rule, WatchLog
 
@@ -99,12 +100,10 @@ class Session:
 
     def __enter__(self) -> Session:
         settings = self.settings
-        self.folder, self.action, self._lock = claim(
-            settings.run_name, self._fingerprint, settings.iterations, settings.micro_batch, settings.on_existing)
-        self._is_new = not self.folder.record
+        self.folder, self.action = processes.on_first(self._claim)
         with contextlib.ExitStack() as undo:
             undo.callback(self._let_go)
-            self._keep_source()
+            processes.on_first(self._keep_source)
             host().load(self.policy)
             self.trained = settings.lora.attach(self.policy, settings.seed)
             undo.callback(self.trained.remove)
@@ -114,18 +113,24 @@ class Session:
             self.policy.checkpoint_gradients(settings.gradient_checkpointing)
             learner = Learner(self.policy, self.trained.parameters, settings.optimizer, self.folder.name, self.trained.written)
             if self.action == "start":
-                self.folder.create(self._fingerprint, settings.micro_batch)
+                processes.on_first(lambda: self.folder.create(self._fingerprint, settings.micro_batch))
             self.watch = WatchLog(self.folder, self._rule)
             if self.action != "start":
                 self._load(learner)
             self.live = LivePolicy(self.policy, learner, settings, self.prompts.prompts, self.watch)
             undo.pop_all()
-        live.forget_stop(self.folder)
+        processes.on_first(lambda: live.forget_stop(self.folder))
         host().run_started(self.folder.path, self._node_id)
         host().run_moved(self.folder.path, self._done, settings.iterations)
         if line := self.policy.unseen(self.prompts.prompts):
             host().say(line)
         return self
+
+    def _claim(self) -> tuple[RunFolder, str]:
+        s = self.settings
+        folder, action, self._lock = claim(s.run_name, self._fingerprint, s.iterations, s.micro_batch, s.on_existing)
+        self._is_new = not folder.record
+        return folder, action
 
     def _keep_source(self) -> None:
         """Raises `RunError` where starting over would delete the LoRA that the run starts from."""
@@ -135,32 +140,38 @@ class Session:
                            'choose another "run_name", or move the LoRA to the loras folder')
 
     def _load(self, learner: Learner) -> None:
+        """All processes take up the run where the first one's disk says that it is."""
+        found, self.watch.rows, self.first_reward = processes.on_first(self._read)
+        if found is not None:
+            self._done, tensors = found
+            learner.load_state(tensors)
+            self._saved = self.watch.saved = self._done
+
+    def _read(self) -> tuple[tuple[int, dict] | None, list[dict], float | None]:
+        """The newest checkpoint (iterations, tensors), the watch's rows and the first reward; what the disk has of later iterations is cut off."""
         found = checkpoints.newest(self.folder.checkpoints)
+        done = found[0] if found is not None else 0
         if found is None and self.action == "reopen":
             raise RunError(f"run {self.folder.name!r} in {self.folder.path} is finished, and its checkpoints are missing or damaged; "
                            'set "on_existing" to restart, or choose another "run_name"')
+        self.watch.cut_after(done)
         if found is None:
             self.folder.write_running()
             host().say(f"run {self.folder.name!r} in {self.folder.path} has no checkpoint yet; it starts from the beginning")
-            self.watch.cut_after(0)
         else:
-            self._done, tensors, micro_batch = found
-            if micro_batch != self.settings.micro_batch:
-                host().say(f"the micro-batch size changes from {micro_batch} to {self.settings.micro_batch}: "
+            if found[2] != self.settings.micro_batch:
+                host().say(f"the micro-batch size changes from {found[2]} to {self.settings.micro_batch}: "
                            "from here on the run is not bit for bit what it would have been")
-            learner.load_state(tensors)
-            self._saved = self.watch.saved = self._done
-            self.watch.cut_after(self._done)
-            if self.finished:
-                self.folder.write_record(state="finished", iterations=self._done)  # it may have been killed before it wrote so
+            if done >= self.settings.iterations:
+                self.folder.write_record(state="finished", iterations=done)  # it may have been killed before it wrote so
                 host().say(f"run {self.folder.name!r} in {self.folder.path} is finished and unchanged; nothing is trained "
                            '("on_existing" restart trains it again)')
             elif not self.watch.verdict:  # also a finished run whose last checkpoint is damaged
                 self.folder.write_running()
-                host().say(f"run {self.folder.name!r} in {self.folder.path} goes on after iteration {self._done}")
-        metrics.cut_after(self.folder.metrics, self._done)
+                host().say(f"run {self.folder.name!r} in {self.folder.path} goes on after iteration {done}")
+        metrics.cut_after(self.folder.metrics, done)
         rows = metrics.read(self.folder.metrics)
-        self.first_reward = rows[0]["reward_mean"] if rows else None
+        return found and found[:2], self.watch.rows, rows[0]["reward_mean"] if rows else None
 
     @property
     def finished(self) -> bool:
@@ -169,7 +180,7 @@ class Session:
     @property
     def ended(self) -> bool:
         """Finished, or to end early by the rule or because the user asked: what comes after the loop goes on with what was trained."""
-        return self.finished or (self._done > 0 and bool(self.watch.verdict or live.stop_requested(self.folder)))
+        return self.finished or (self._done > 0 and processes.on_first(lambda: bool(self.watch.verdict or live.stop_requested(self.folder))))
 
     def begin(self) -> tuple[LivePolicy, PromptList, int]:
         """Loop Start's outputs for the next iteration."""
@@ -185,17 +196,27 @@ class Session:
         if self.live.learner.version[1] != self._done + 1:
             raise RunError(f"the loop's body updated the policy {self.live.learner.version[1] - self._done} times in one iteration; "
                            "accepted: once")
-        row = metrics.row(self._done + 1, stats, time.perf_counter() - self._start)
-        rollout = stats.advantages.scores.rollout
-        row["pictures"] = picture_statistics.of(rollout.pictures, rollout.groups, self.policy.patch(rollout.plan.size.frames))
-        metrics.append(self.folder.metrics, row)
+        row = processes.on_first(lambda: self._measure(stats))
         # both at once, after all that a full disk or a signal may break off: a checkpoint must hold the state that its number says
         self.live.state, self._done = self.live.learner.state(), self._done + 1
+        if self.first_reward is None:
+            self.first_reward = row["reward_mean"]
+        processes.on_first(lambda: self._keep_iteration(row, stats), told=False)
+        host().run_moved(self.folder.path, self._done, self.settings.iterations)
+
+    def _measure(self, stats: UpdateStats) -> dict:
+        """The iteration's row, written to the metrics."""
+        row = metrics.row(self._done + 1, stats, time.perf_counter() - self._start)
+        rollout = stats.advantages.scores.rollout
+        row["pictures"] = picture_statistics.of(rollout.every_picture, rollout.groups, self.policy.patch(rollout.plan.size.frames))
+        metrics.append(self.folder.metrics, row)
+        return row
+
+    def _keep_iteration(self, row: dict, stats: UpdateStats) -> None:
+        """A checkpoint when one is due, and what people are shown."""
         every = self.settings.checkpoint_every
         if self.finished or (every and self._done % every == 0):
             self._save("finished" if self.finished else "running")
-        if self.first_reward is None:
-            self.first_reward = row["reward_mean"]
         if stats.ratio_deviation > self.ratio_limit(stats):
             host().say(f"WARNING: iteration {self._done}: ratio deviation {stats.ratio_deviation:.1e}, accepted: "
                        f"{self.ratio_limit(stats):g}; the replay differs from the rollout, so the gradient is of something else")
@@ -203,7 +224,6 @@ class Session:
         left = sum(self._seconds) / len(self._seconds) * (self.settings.iterations - self._done)
         live.write(self.folder, self._done, self.settings.iterations, left, stats)
         host().progress(self._done, self.settings.iterations, self._line(row))
-        host().run_moved(self.folder.path, self._done, self.settings.iterations)
         if self.finished and not self.watch.verdict and (line := self.watch.better()):
             host().say(line)
 
@@ -228,7 +248,7 @@ class Session:
         """What was trained, after the last whole iteration, or after the best one where a watch reward has fallen: its moving average where that is on."""
         state, iteration, learner = self.live.state, self._done, self.live.learner
         if self.watch.verdict:
-            if (best := self.watch.best_state()) is not None:
+            if (best := processes.on_first(self.watch.best_state)) is not None:
                 iteration, state = best
             host().say(f"Watch: {self.watch.verdict}; {self.watch.given(None if best is None else iteration)}")
         return self.trained.snapshot(learner.result(state), iteration, learner.ema is not None, self.folder.path, self.prompts.prompts)
@@ -240,15 +260,19 @@ class Session:
         self.policy.checkpoint_gradients(False)
         self.trained.remove()
         try:
-            if kind is not None or not self.finished:
+            # no word to the others, who may be gone: each that fails ends by itself, and the first has all that is to be kept
+            if processes.is_first() and (kind is not None or not self.finished):
                 self._keep(broken_off=kind is not None)
         finally:
-            live.forget_stop(self.folder)
+            if processes.is_first():
+                live.forget_stop(self.folder)
             self._let_go()
             host().run_ended(self.folder.path, "finished" if self.finished else "stopped")
 
     def _let_go(self) -> None:
         """Leaves the folder to others; one that this session made, and did nothing in, goes."""
+        if not processes.is_first():
+            return
         nothing = self._is_new and self._done == 0
         if nothing:
             self.folder.discard()

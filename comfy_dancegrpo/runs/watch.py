@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from .. import processes
 from ..workflow.host import host
 from . import checkpoints, metrics
 from .folder import RunFolder
@@ -87,6 +88,11 @@ class WatchLog:
 
     def add(self, row: dict[str, Any], state: dict[str, Tensor], micro_batch: int) -> None:
         """Another evaluation, of a learner's `state`."""
+        processes.on_first(lambda: self._write(row, state, micro_batch), told=False)
+        if not processes.is_first():
+            self.rows.append(row)
+
+    def _write(self, row: dict[str, Any], state: dict[str, Tensor], micro_batch: int) -> None:
         former = self._best_of([r for r in self._whole() if r["iteration"] <= self.saved])
         before = self.best
         self.rows.append(row)

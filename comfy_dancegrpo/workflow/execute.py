@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from .. import processes
 from ..errors import DanceGRPOError, Interrupted, RunError, WorkflowError, is_stop
 from . import calls
 from .graph import DynamicPrompt, NodeSpec, Prompt, ancestors, is_link, links
@@ -18,6 +19,11 @@ from .problems import node_label, title_of, unknown_type
 
 Link = tuple[str, int]
 _WANTED = object()  # a reader that never finishes: keeps what the caller asked for
+
+
+def _here(make: Callable[[], Any], told: bool = True) -> Any:
+    """As `processes.on_first`, for what every process does itself."""
+    return make()
 
 
 def execute(prompt: Prompt, registry: Mapping[str, type], outputs: Iterable[str] | None = None, wanted: Iterable[Link] = (),
@@ -167,16 +173,24 @@ class _Run:
         inputs, unevaluated = self._inputs(node_id, spec)
         instance = self.executor.instance(node_id, spec.cls)
         hidden = self._hidden(node_id)
+        run = _here if spec.everywhere else processes.on_first
         if calls.has_lazy_status(spec):
-            asked = self._asked(calls.bind(spec, instance, "check_lazy_status", hidden), inputs, unevaluated, spec)
+            asked = run(lambda: self._asked(calls.bind(spec, instance, "check_lazy_status", hidden), inputs, unevaluated, spec))
             if asked:
                 self._require(node_id, [unevaluated[name] for name in asked])
                 return None
-        returned = self._invoke(node_id, spec, calls.bind(spec, instance, spec.cls.FUNCTION, hidden), inputs)
+        returned = run(lambda: self._invoke(node_id, spec, calls.bind(spec, instance, spec.cls.FUNCTION, hidden), inputs),
+                       told=spec.may_expand(self.graph.get_node(node_id)) or self._read_everywhere(node_id))
+        if returned is None:  # a process that has no use for it
+            returned = [calls.Returned((None,) * spec.n_outputs, {})]
         if any(r.expand is not None for r in returned):
             self._graft(node_id, returned)
             return None
         return returned
+
+    def _read_everywhere(self, node_id: str) -> bool:
+        """Whether the node's values are wanted in every process: large pictures need not travel from a node to a viewer beside it."""
+        return any(reader is _WANTED or self._spec(reader).everywhere for reader in self.readers.get(node_id, ()) if reader != node_id)
 
     def _invoke(self, node_id: str, spec: NodeSpec, function: Callable, inputs: dict[str, list]) -> list[calls.Returned]:
         shown = self.graph.get_display_node_id(node_id)

@@ -64,10 +64,14 @@ def is_v3(node_class: type) -> bool:
     return hasattr(node_class, "PREPARE_CLASS_CLONE")
 
 
+WIRE = "DANCEGRPO_"  # the types of our wires begin so
+
+
 class NodeSpec:
     """What the executor needs to know of a node class, read from it once: `INPUT_TYPES()` may list folders.
 
-    `hidden` maps an argument's name to "UNIQUE_ID", "PROMPT" and so on; a V3 class is given `v3_hidden` in another way.
+    `everywhere` tells whether every process runs it: what makes values of our wires, of which each process has its part, or says so.
+    Others run in the first process alone. `hidden` maps an argument's name to "UNIQUE_ID", "PROMPT" and so on; a V3 class is given `v3_hidden` in another way.
     """
 
     def __init__(self, node_class: type):
@@ -75,6 +79,7 @@ class NodeSpec:
         self.input_is_list = bool(getattr(node_class, "INPUT_IS_LIST", False))
         self.is_output = bool(getattr(node_class, "OUTPUT_NODE", False))
         self.n_outputs = len(node_class.RETURN_TYPES)
+        self.everywhere = bool(getattr(node_class, "EVERY_PROCESS", False)) or any(str(t).startswith(WIRE) for t in node_class.RETURN_TYPES)
         is_list = tuple(getattr(node_class, "OUTPUT_IS_LIST", None) or ())
         self.output_is_list = (is_list + (False,) * self.n_outputs)[: self.n_outputs]
         self._types = node_class.INPUT_TYPES()
