@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from comfy_dancegrpo import rewards
 from comfy_dancegrpo.errors import RunError
 from comfy_dancegrpo.rewards import hps_v3
-from comfy_dancegrpo.rewards.qwen2_vl import fitted
+from comfy_dancegrpo.rewards.qwen2_vl import fitted, patches, picture
 from comfy_dancegrpo.workflow.host import Host, use
 
 PROMPTS = ["a red ring on blue", "a {very} small fox, \"smiling\"", "x"]
@@ -33,6 +33,18 @@ def test_the_instruction_is_the_published_one():
 ])
 def test_a_picture_is_brought_to_about_256_tokens(height, width, size):
     assert fitted(height, width, hps_v3.PIXELS, hps_v3.PIXELS) == size
+
+
+def test_patches_are_those_of_the_pillow_processor_of_transformers():
+    try:
+        from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil as Processor
+    except ImportError:  # before it had a name of its own
+        from transformers import Qwen2VLImageProcessor as Processor
+    for pixels in pictures():
+        seen, grid = patches(picture(pixels, 40 * 784, 60 * 784))
+        found = Processor(min_pixels=40 * 784, max_pixels=60 * 784)([Image.fromarray((pixels.numpy() * 255).round().astype(np.uint8))], return_tensors="pt")
+        assert [list(grid)] == found.image_grid_thw.tolist()
+        torch.testing.assert_close(seen, found.pixel_values, rtol=0, atol=1e-5)
 
 
 @pytest.fixture
@@ -58,8 +70,8 @@ def pictures():
 
 def expected(tokenizer, tensors):
     w, found = {name: value.double() for name, value in tensors.items()}, []
-    for picture, size, prompt in zip(pictures(), ((448, 448), (364, 588), (448, 448)), PROMPTS):
-        seen = np.asarray(Image.fromarray((picture.numpy() * 255).round().astype(np.uint8)).resize(size[::-1], Image.BICUBIC)).transpose(2, 0, 1)
+    for pixels, size, prompt in zip(pictures(), ((448, 448), (364, 588), (448, 448)), PROMPTS):
+        seen = np.asarray(Image.fromarray((pixels.numpy() * 255).round().astype(np.uint8)).resize(size[::-1], Image.BICUBIC)).transpose(2, 0, 1)
         ids = qwen2_vl.tokens(tokenizer, "image", INSTRUCTION.replace("{text_prompt}", prompt), size[0] * size[1] // 784)
         x = qwen2_vl.states(tensors, ids, tokenizer.convert_tokens_to_ids("<|image_pad|>"), np.stack([seen, seen]))
         x = x[ids.index(tokenizer.convert_tokens_to_ids("<|Reward|>"))]

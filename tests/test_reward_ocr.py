@@ -81,5 +81,8 @@ def test_channels_are_not_swapped(monkeypatch):
 
 def test_a_missing_extra_is_one_line(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert rewards.problem("ocr", "embedded") == \
-        'input "reward": found \'ocr\', which needs rapidocr and onnxruntime; pip install "comfy-dancegrpo[ocr]"'
+    line = 'input "reward": found \'ocr\', which needs rapidocr and onnxruntime; pip install "comfy-dancegrpo[ocr]"'
+    assert rewards.problem("ocr", "embedded") == line
+    with pytest.raises(RunError) as raised:
+        rewards.load("ocr")
+    assert str(raised.value) == line

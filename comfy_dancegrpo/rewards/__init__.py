@@ -70,6 +70,7 @@ def load(name: str, model: str = EMBEDDED, batch_size: int = 32, base: str = PUB
     Raises `RunError` where `problem` names one, and where a reward of the user's cannot be imported; `KeyError` on a name that is not `known`.
     """
     kind = known()[name]
+    kind.check()
     made_of = replace(source(name, kind, model, base), part=kind.part, fps=fps)
     module = kind.imported()
     return Reward(name, Deferred(lambda: module.load(made_of)), batch_size, whole_videos=kind.whole_videos, **options)

@@ -52,7 +52,8 @@ class VideoAlign(nn.Module):
 
     def __init__(self, source: Source):
         super().__init__()
-        config = _config(source.model / CONFIG)
+        self.path = source.model / CONFIG
+        config = _config(self.path)
         data, self.norms = config["data_config"], config.get("inference_config")
         self.rate, self.most = float(data["fps"]), int(data["max_frame_pixels"])
         tensors, path = _weights(source, config["peft_lora_config"])
@@ -94,7 +95,7 @@ class Part(nn.Module):
         self.part, _, raw = part.partition("_")
         self.raw = bool(raw)
         if not self.raw and model.norms is None:
-            raise RunError(f"its {CONFIG} has no inference_config, so its scores cannot be normalised; choose video_align_{part}_raw")
+            raise RunError(f"{model.path} has no inference_config, so its scores cannot be normalised; choose video_align_{part}_raw")
 
     def forward(self, videos: Sequence[Tensor], prompts: Sequence[str]) -> Tensor:
         scores = self.model(videos, prompts, self.fps)
