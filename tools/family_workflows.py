@@ -126,6 +126,9 @@ FAMILIES = {
         "its own scheduler's shift. Its sound is sampled and trained along, and not scored.",
         (768, 512, 49), 16, eta=0.25, shift=0.0, guidance=3.0, group=8, prompts=32, iterations=200, prompt_file="videos", drawing_steps=30),
 }
+# GiB on a GPU in training, as `dancegrpo validate --memory` estimates it from the published configurations: bfloat16, without text encoders
+MEMORY = {"sd15": 3, "sdxl": 10, "sd35": 5, "flux_dev": 26, "flux_kontext": 24, "flux2": 72, "qwen_image": 46, "qwen_image_edit": 45,
+          "z_image": 20, "wan21": 5, "wan22": 70, "hunyuan_video": 34, "skyreels_i2v": 41, "ltx_video": 7, "ltx2": 50}
 SUFFIXES = {"pictures": "txt", "videos": "txt", "edits": "jsonl", "first_frames": "jsonl"}
 TITLE_BAR, GAP = 30, 30
 OURS = "DanceGRPO"
@@ -196,17 +199,20 @@ class Graph:
                 "extra": {"ds": {"scale": 0.5, "offset": [60, 320]}, "dancegrpo": {"needs": needs}}, "version": 0.4}
 
 
-def note_of(family: Family) -> str:
+def note_of(name: str) -> str:
+    family = FAMILIES[name]
     frames = family.size[2]
     folder = f"It goes into the Hugging Face cache, or as a folder into models/diffusers/{family.policy}. {family.get}".strip()
+    published = "`video_align_visual`" if frames > 1 else "`hps_v2`"
     lines = [
         f"# DanceGRPO on {family.title}", family.source,
         f"**Files.** `hf download {family.policy}` and `hf download {REWARD}` (the reward). {folder}",
+        *([f"**Reward.** CLIP score is the smallest to get; the published run was trained on {published}."] if DANCE[:20] in family.source else []),
         f"**Prompts.** {family.prompt_file}_train.{SUFFIXES[family.prompt_file]} and _test are small sets of ours, for a try; name your own file, "
         "of some thousand prompts, in Prompt Set.",
         f"**Time and memory.** An iteration samples {family.prompts * family.group} {'videos' if frames > 1 else 'pictures'}: published settings "
         "share these out over 8 to 32 GPUs. On one GPU, lower prompts_per_iteration first, and optimizer_steps with it. "
-        "`dancegrpo validate FILE --memory` estimates the memory.",
+        f"It needs about {MEMORY[name]} GiB on it while it trains; `dancegrpo validate FILE --memory` estimates that anew for other settings.",
     ]
     return "\n\n".join(lines)
 
@@ -257,8 +263,8 @@ def workflow(name: str) -> dict:
         shown = g.add("SaveImage", "Save Tuned", {"images": (drawn, 0)}, 360, filename_prefix="tuned")
     g.frame("After training", "#8A8", save, heldout, curve, evaluated, last, drawn, shown)
 
-    g.column(40, 1060, -330)
-    g.note(note_of(f), 340)
+    g.column(40, 1060, -260)
+    g.note(note_of(name), 260)
     return g.saved(name, [f.policy, REWARD])
 
 
@@ -268,7 +274,8 @@ def text_of(name: str) -> str:
 
 def table() -> str:
     """The rows about them in docs/families.md."""
-    rows = ["| workflow | model | size | steps | eta | shift | guidance | group x prompts | settings |", "|---|---|---|---|---|---|---|---|---|"]
+    rows = ["| workflow | model | size | steps | eta | shift | guidance | group x prompts | GiB | settings |",
+            "|---|---|---|---|---|---|---|---|---|---|"]
     for name, f in FAMILIES.items():
         script = re.search(r"published script (\S+)", f.source)
         other = "Flow-GRPO" if f.source.startswith("Settings: Flow-GRPO") else "none published: see its note"
@@ -277,7 +284,7 @@ def table() -> str:
         shift = "" if f.transition == "ddim" else f"{f.shift:g}" if f.shift else "its own"
         guidance = f"{f.guidance:g}" + "".join(f", {value:g}" for value in f.load.values())
         rows.append(f"| `{name}` | {f.policy} | {size} | {f.steps} | {f.eta:g} | {shift} | {guidance} "
-                    f"| {f.group} x {f.prompts} | {origin} |")
+                    f"| {f.group} x {f.prompts} | {MEMORY[name]} | {origin} |")
     return "\n".join(rows) + "\n"
 
 
