@@ -22,7 +22,7 @@ SDXL = pair("lora_unet_input_blocks_4_1_transformer_blocks_0_attn2_to_k", 2048, 
 WAN = pair("transformer.blocks.0.attn1.to_q", 1536, 1536)
 HUNYUAN = pair("transformer.single_transformer_blocks.39.attn.to_q", 3072, 3072)
 EXPERTS = {**WAN, **pair("transformer_2.blocks.0.attn1.to_q", 1536, 1536)}
-NATIVE = pair("diffusion_model.double_blocks.0.img_attn.qkv", 3072, 9216) | pair("diffusion_model.double_blocks.0.img_mod.lin", 3072, 18432)
+NATIVE = pair("diffusion_model.double_blocks.18.img_attn.qkv", 3072, 9216) | pair("diffusion_model.double_blocks.18.img_mod.lin", 3072, 18432)
 QWEN = pair("lora_unet_transformer_blocks_0_img_mlp_net_0_proj", 3072, 12288, "lora_down", "lora_up", 2.0)
 
 
@@ -76,9 +76,9 @@ def test_back_and_forth_it_is_the_same(file, tmp_path):
 
 def test_parts_of_a_fused_layer_are_written_each_with_its_a(file, tmp_path):
     found = load_file(convert.write(convert.read(file(NATIVE)), tmp_path / "out.safetensors", "ours")[0])
-    b = torch.cat([found[f"transformer.transformer_blocks.0.attn.{part}.lora_B.weight"] for part in ("to_q", "to_k", "to_v")])
-    assert torch.equal(b, NATIVE["diffusion_model.double_blocks.0.img_attn.qkv.lora_B.weight"])
-    assert torch.equal(found["transformer.transformer_blocks.0.attn.to_k.lora_A.weight"], NATIVE["diffusion_model.double_blocks.0.img_attn.qkv.lora_A.weight"])
+    b = torch.cat([found[f"transformer.transformer_blocks.18.attn.{part}.lora_B.weight"] for part in ("to_q", "to_k", "to_v")])
+    assert torch.equal(b, NATIVE["diffusion_model.double_blocks.18.img_attn.qkv.lora_B.weight"])
+    assert torch.equal(found["transformer.transformer_blocks.18.attn.to_k.lora_A.weight"], NATIVE["diffusion_model.double_blocks.18.img_attn.qkv.lora_A.weight"])
 
 
 def test_half_precision_stays(file, tmp_path):
@@ -122,7 +122,7 @@ TWO = pair("transformer.transformer_blocks.0.attn.to_q", 3072, 3072) | pair("tra
 @pytest.mark.parametrize(("tensors", "words", "status", "line"), [
     (FLUX, ("--names", "nobodys"), 2, "--names: found 'nobodys', accepted: ours, diffusers, kohya"),
     (FLUX, ("--names", "kohya"), 3, "kohya's names are not written for FLUX.1, accepted: Stable Diffusion 1, "),
-    (UNSURE, (), 3, "may be of FLUX.1 or FLUX.2; say of which base model with --policy"), (TWO, (), 3, "may be of FLUX.1 or HunyuanVideo; say of which"),
+    (UNSURE, (), 3, "may be of FLUX.1 or FLUX.2 or HunyuanVideo; say of which base model with --policy"), (TWO, (), 3, "may be of FLUX.1 or HunyuanVideo; say of which"),
     (pair("some.thing", 4, 4), (), 3, "is of a family that is not known (its layers: some.thing)"),
     (WAN, ("--policy", "embedded"), 3, "is one of Wan (transformer.blocks.0.attn1.to_q), accepted: one of FLUX.1"),
     (FLUX, ("--policy", "nowhere"), 3, """input "policy": found 'nowhere'"""), (TWO, ("--policy", "embedded"), 3, "is [3072, 3072] in the one and ["),

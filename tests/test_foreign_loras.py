@@ -36,12 +36,12 @@ def of_class(family):
 
 
 def native_of(recorded, family):
-    """{diffusers' layer: (the model's own, first row, rows, of a height of 1)} of those that are trained."""
+    """{diffusers' layer: (the model's own, first row, rows, of a height of 1)} of those that are trained; in the last block of FLUX.1's."""
     found = {}
     for ours, (own, *part) in RECORDED[recorded]["layers"].items():
         ends = [f".{end}" for end in OF_UNETS] if re.search(r"attentions\.\d+$", ours) else [""]
         for end in ends:
-            found[ours.replace(".N.", ".0.") + end] = own.replace(".N.", ".0.") + end, *(map(Fraction, part or ("0", "1")))
+            found[ours.replace(".N.", ".18.") + end] = own.replace(".N.", ".18.") + end, *(map(Fraction, part or ("0", "1")))
     patterns = of_class(family).lora_targets.values()
     return {ours: told for ours, told in found.items() if any(re.fullmatch(pattern, ours) for pattern in patterns)}
 
@@ -69,6 +69,20 @@ def test_native_names_are_the_layers_that_comfyui_says(recorded, spelling):
         expected = does[own][int(first * height):int((first + rows) * height)]
         torch.testing.assert_close(found[f"{ours}.lora_B.weight"] @ (found[f"{ours}.lora_A.weight"] @ x), expected)
     assert len(native) >= 18
+
+
+def test_the_names_that_comfyui_has_for_hunyuan_video_in_memory():
+    """The record tells both of its names for a layer."""
+    native = RECORDED["hunyuan_video"]["layers"]
+    pairs = {ours.replace(".N.", ".19."): own.replace(".N.", ".19.") for ours, (own,) in native.items() if ours.startswith(("double_blocks", "single_blocks"))}
+    a, b = torch.randn(RANK, 32), torch.randn(3 * 32, RANK)
+
+    def read(names):
+        tensors = {f"diffusion_model.{name}.lora_{side}.weight": value for name in names for side, value in (("A", a), ("B", b))}
+        return foreign.read(foreign.parse(tensors, {}), FAMILY["HunyuanVideo"])
+
+    first, second = read(pairs), read(pairs.values())
+    assert len(pairs) >= 10 and first.keys() == second.keys() and all(torch.equal(value, second[name]) for name, value in first.items())
 
 
 def test_rows_that_the_last_block_of_sd3_has_in_another_order():

@@ -22,8 +22,10 @@ from .layouts import fused, kohya, layout
 from .layouts.wan import LOW
 
 NAMES = ("ours", "diffusers", "kohya")
-_BY_KOHYA = ("Stable Diffusion 1", "Stable Diffusion 2", "SDXL", "Wan", "Qwen-Image", "LTX-Video")  # whose files' layers have the names that kohya flattens
-_STALE = re.compile(r"sshs_.*|modelspec\.hash.*|lora_adapter_metadata|dancegrpo\..*")  # of metadata that is of the former content; ours would be taken at its word
+# whose layers have in our files the names that kohya flattens
+_BY_KOHYA = ("Stable Diffusion 1", "Stable Diffusion 2", "SDXL", "Wan", "Qwen-Image", "LTX-Video")
+# metadata of the former content; ours would be taken at its word
+_STALE = re.compile(r"sshs_.*|modelspec\.hash.*|lora_adapter_metadata|dancegrpo\..*")
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,8 @@ def read(path: Path, policy: str = "") -> Found:
     candidates = [base] if base else families.recognise(lora.widths)
     if not candidates:
         raise RunError(f"the LoRA in {path} is of a family that is not known (its layers: {foreign.some(lora.layers)})")
-    readings = {family: found for family in candidates if (found := _read(lora, family)) is not None} or {candidates[0]: foreign.as_family(path, lora, candidates[0])}
+    readings = {family: found for family in candidates if (found := _read(lora, family)) is not None}
+    readings = readings or {candidates[0]: foreign.as_family(path, lora, candidates[0])}  # which says why
     if len({(family.layout, *sorted(found)) for family, found in readings.items()}) > 1:
         raise RunError(f"the LoRA in {path} may be of {' or '.join(family.title for family in readings)}; say of which base model with --policy")
     layers = next(iter(readings.values()))
@@ -121,7 +124,8 @@ def _flattened(part: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """With an alpha for each layer, which kohya's own programs want: the rank, which is full strength."""
     if not all(name.startswith(kohya.PREFIX) for name in part):
         part = kohya.to_file({_without_prefix(name): value for name, value in part.items()})
-    return {**part, **{name.removesuffix(".lora_down.weight") + ".alpha": torch.tensor(float(len(a))) for name, a in part.items() if name.endswith(".lora_down.weight")}}
+    down = ".lora_down.weight"
+    return {**part, **{name.removesuffix(down) + ".alpha": torch.tensor(float(len(a))) for name, a in part.items() if name.endswith(down)}}
 
 
 def _without_prefix(name: str) -> str:
@@ -138,7 +142,8 @@ def _of_policy(name: str) -> tuple[Family, dict[str, tuple[int, ...]]]:
             kind, config = single_file._class_of(folders[0], component)
             with init_empty_weights():
                 denoiser = kind.from_config(kind.load_config(config, local_files_only=True))
-            shapes |= {prefix + layer.removesuffix(".weight"): tuple(p.shape) for layer, p in denoiser.named_parameters() if layer.endswith(".weight") and p.ndim > 1}
+            shapes |= {prefix + layer.removesuffix(".weight"): tuple(p.shape) for layer, p in denoiser.named_parameters()
+                       if layer.endswith(".weight") and p.ndim > 1}
     return families.of_pipeline(next(pipeline for pipeline, told in policies.FAMILIES.items() if told == found)), shapes
 
 

@@ -43,11 +43,13 @@ class Family:
 
     def may_be(self, modules: Collection[str]) -> bool:
         """Whether all of these are the family's, with dots or underscores."""
-        return any(pattern and all(re.fullmatch(pattern.replace(r"\.", r"[._]"), module) for module in modules) for pattern in (self.modules, self.native))
+        patterns = [pattern.replace(r"\.", r"[._]") for pattern in (self.modules, self.native) if pattern]
+        return any(all(re.fullmatch(pattern, module) for module in modules) for pattern in patterns)
 
     def is_published(self, modules: Collection[str]) -> bool:
         """Whether the last block of one of its stacks is among them."""
-        return any(re.fullmatch(rf"{stack}[._]{depth - 1}[._].+", module) for stack, depths in self.depths.items() for depth in depths for module in modules)
+        lasts = [rf"{stack}[._]{depth - 1}[._].+" for stack, depths in self.depths.items() for depth in depths]
+        return any(re.fullmatch(last, module) for last in lasts for module in modules)
 
 
 _UNET = (r"(down_blocks\.\d+|mid_block|up_blocks\.\d+)\.(resnets\.\d+\.(conv1|conv2|conv_shortcut|time_emb_proj)|(down|up)samplers\.0\.conv"
@@ -55,7 +57,8 @@ _UNET = (r"(down_blocks\.\d+|mid_block|up_blocks\.\d+)\.(resnets\.\d+\.(conv1|co
          r"|conv_in|conv_out|(time_embedding|add_embedding)\.linear_[12]")
 _SGM = r"(input_blocks|output_blocks)\.\d+\.\d+(\..+)?|middle_block\.\d+\..+|time_embed\.[02]|label_emb\.0\.[02]|out\.2"
 _SD = {"modules": _UNET, "native": _SGM, "separator": "_", "layout": "kohya", "denoiser": "unet"}
-_HUNYUAN = (r"double_blocks\.\d+\.(img|txt)_(attn_qkv|attn_proj|mlp\.fc[12]|mod\.linear)|single_blocks\.\d+\.(linear[12]|modulation\.linear)")
+_HUNYUAN = (r"double_blocks\.\d+\.(img|txt)_(attn[._](qkv|proj)|mlp\.(fc[12]|[02])|mod\.lin(ear)?)"
+            r"|single_blocks\.\d+\.(linear[12]|modulation\.lin(ear)?)")
 _LTX2 = r"transformer_blocks\.\d+\.(((audio_)?attn[12]|audio_to_video_attn|video_to_audio_attn)\.(to_[qkv]|to_out\.0)|(audio_)?ff\.net\.(0\.proj|2))"
 
 FAMILIES = (

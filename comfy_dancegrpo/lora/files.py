@@ -174,7 +174,8 @@ def _experts(path: Path, found: dict[str, Tensor], family: families.Family) -> d
     """For both experts: of the file and of the one beside it whose name says high for low or low for high; without either word for both alike."""
     match = _EXPERT.search(path.stem)
     if not match:
-        host().say(f"{path.name} is for one model, and the policy has two experts: it is taken for both; a file whose name says high or low is for that one alone")
+        host().say(f"{path.name} is for one model, and the policy has two experts: it is taken for both; a file whose name says high or low "
+                   "is for that one alone")
         return found | {LOW + name: value for name, value in found.items()}
     said = match[1]
     other = {"high": "low", "low": "high"}[said.lower()]

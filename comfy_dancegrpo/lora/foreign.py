@@ -27,7 +27,7 @@ from .layouts.fused import A, B, separate
 _SIDES = {"A": "A", "B": "B", "down": "A", "up": "B"}
 _PAIRED = re.compile(r"(?P<module>.+)\.(?:lora_(?P<peft>A|B)(?:\.\w+)?|lora[_.](?P<kohya>down|up)|lora_linear_layer\.(?P<old>down|up))\.weight")
 _PROCESSOR = re.compile(r"(?P<block>.+)\.processor\.(?P<layer>to_q|to_k|to_v|to_out)_lora\.(?P<side>down|up)\.weight")  # diffusers before 0.22
-_TEXT = re.compile(r"lora_te\d?_|text_encoder(_\d)?\.|text_encoders\.|te\d?\.|text_model\.|text_embedding_projection\.|cond_stage_model\.|conditioner\.")
+_TEXT = re.compile(r"lora_te\d?_|(text_encoder(_\d)?|text_encoders|te\d?|text_model|text_embedding_projection|cond_stage_model|conditioner)\.")
 _KINDS = {"dora_scale": "DoRA", "lora_magnitude_vector": "DoRA", "lokr_": "LoKr", "hada_": "LoHa", "lora_mid": "LoCon in Tucker's form",
           ".oft_": "OFT", ".diff": "whole weights", "_norm": "norms"}
 _PEFT_HEADER = "lora_adapter_metadata"  # of diffusers 0.34 and later, in JSON
@@ -188,7 +188,7 @@ def _by_layout(marked: dict[str, tuple[Tensor, Tensor]], names: list[str], famil
 
 
 def _by_diffusers(marked: dict[str, tuple[Tensor, Tensor]], names: list[str], family: Family) -> dict[str, Tensor] | None:
-    """Layer by layer: one that its converter does not know would take the others with it, and some it takes for another (input_blocks_1 for input_blocks_10)."""
+    """Layer by layer: one that its converter does not know would take the others with it, and beside input_blocks_10 it takes it for input_blocks_1."""
     if family.read_by:
         return None
     convert, found = getattr(diffusers, family.pipelines[0]).lora_state_dict, {}

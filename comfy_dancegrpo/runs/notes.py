@@ -15,7 +15,10 @@ _TOLD = {"DanceGRPOLoadPolicy": "policy", "DanceGRPOLoopStart": "loop", "DanceGR
 
 
 def of(folder: Path | None) -> dict[str, str]:
-    """Of a run's folder: `dancegrpo.reward`, `dancegrpo.settings` (JSON), `dancegrpo.workflow` (sha256), `modelspec.resolution`; what is not known is left out."""
+    """Of a run's folder: `dancegrpo.reward`, `dancegrpo.settings` (JSON), `dancegrpo.workflow` (sha256), `modelspec.resolution`.
+
+    What is not known is left out.
+    """
     if folder is None:
         return {}
     found: dict[str, Any] = {}

@@ -87,7 +87,9 @@ def record_of(model) -> dict:
             continue
         name, part = (to, None) if isinstance(to, str) else (to[0], to[1] if len(to) > 1 else None)
         own = name.removeprefix("diffusion_model.").removesuffix(".weight")
-        ours = re.sub(r"(attn[12][.]to_out)$", r"\1.0", key.partition(".")[2].replace(".processor.to_", ".to_")) if key.startswith("unet.") else key.partition(".")[2]
+        ours = key.partition(".")[2]
+        if key.startswith("unet."):
+            ours = re.sub(r"(attn[12][.]to_out)$", r"\1.0", ours.replace(".processor.to_", ".to_"))
         if own != ours:
             layers[ours] = [own, *((str(Fraction(part[1], rows[name])), str(Fraction(part[2], rows[name]))) if part else ())]
     return {"keys": sorted({pattern(key) for key in known}), "layers": _shortened(layers)}

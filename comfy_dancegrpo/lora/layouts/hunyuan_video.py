@@ -26,6 +26,8 @@ LAYERS = {  # by the model's own name, the layers of diffusers that are its rows
         "linear1": ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"), "linear2": ("proj_out",), "modulation.linear": ("norm.linear",),
     },
 }
+_IN_MEMORY = (  # as ComfyUI renames them when it loads the model, and the model's own
+    (r"(img|txt)_attn\.(qkv|proj)\b", r"\1_attn_\2"), (r"_mlp\.0\b", "_mlp.fc1"), (r"_mlp\.2\b", "_mlp.fc2"), (r"(_mod|\.modulation)\.lin\b", r"\1.linear"))
 _OURS = re.compile(rf"({'|'.join(BLOCKS.values())})\.(\d+)\.(.+)\.lora_([AB])\.weight")
 
 
@@ -45,7 +47,13 @@ def to_file(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def from_file(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return fused.from_file(tensors, BLOCKS, LAYERS)
+    """Also of ComfyUI's names for the model in memory."""
+    named = {}
+    for name, value in tensors.items():
+        for theirs, own in _IN_MEMORY:
+            name = re.sub(theirs, own, name)
+        named[name] = value
+    return fused.from_file(named, BLOCKS, LAYERS)
 
 
 def completed(tensors: dict[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
