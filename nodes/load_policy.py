@@ -25,7 +25,7 @@ class LoadPolicy:
     def INPUT_TYPES(cls):
         texts = [OWN, *places.single_files("text_encoders")]
         return {"required": {
-            "policy": wires.choice(policies.available(), "The embedded tiny policy, a diffusers folder in the model folders or in the Hugging Face "
+            "policy": wires.choice(policies.available(), "One of the two embedded tiny policies, a diffusers folder in the model folders or in the Hugging Face "
                                                          "cache (org/name), or a single .safetensors file."),
             "dtype": wires.choice(list(policies.DTYPES), "Of the frozen weights. The LoRA is always trained in float32."),
         }, "optional": {
