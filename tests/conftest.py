@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from loopback import mine, serving  # noqa: F401 (fixtures)
 
 WAIT = 300  # seconds until something is given up that is waited for
 WORKFLOWS = sorted((Path(__file__).resolve().parent.parent / "workflows").glob("*.json"))

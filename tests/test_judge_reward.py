@@ -7,7 +7,7 @@ import threading
 
 import pytest
 import torch
-from loopback import Noting, as_json, mine, serving  # noqa: F401
+from loopback import Noting, as_json
 from PIL import Image
 
 from comfy_dancegrpo.addresses import Address

@@ -12,7 +12,7 @@ import time
 import av
 import pytest
 import torch
-from loopback import Noting, Server, as_json, mine, serving  # noqa: F401
+from loopback import Noting, Server, as_json
 from PIL import Image
 
 from comfy_dancegrpo import settings
@@ -332,3 +332,13 @@ def test_killed_and_restarted_in_the_middle_of_a_run(cli, saved, tiny_loop, tmp_
     assert equal(loras(tmp_path / "stops/quickstart"), loras(tmp_path / "whole/quickstart"))
     for one in again:
         one.close()
+
+
+def test_the_editor_asks_the_user_s_settings(start_editor, tmp_path, mine, remote_loop):
+    pytest.importorskip("comfyui_frontend_package")
+    editor = start_editor(tmp_path / "editor")
+    answer = editor.post("/prompt", {"prompt": remote_loop("http://127.0.0.1:9/score", reward="a/b")})
+    assert answer.status == 400 and b"a/b" in answer.body  # the host is allowed, and only the name is wrong
+    mine(allowed_hosts=[])
+    answer = editor.post("/prompt", {"prompt": remote_loop("http://127.0.0.1:9/score")})
+    assert answer.status == 400 and b"found the host 127.0.0.1:9, which the user has not allowed" in answer.body

@@ -17,7 +17,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from loopback import mine  # noqa: F401
 from PIL import Image
 
 from comfy_dancegrpo import rewards
@@ -103,9 +102,14 @@ def test_what_waits_is_scored_together(serve):
         return brightness(pictures, prompts)
 
     running = serve(Reward("slow", slow, batch_size=16))
-    threading.Thread(target=lambda: (_until(lambda: running.ask("GET", "/health")[1]["waiting"] == 7), first.set()), daemon=True).start()
+
+    def all_wait():
+        return bool(sizes) and sum(sizes) + 2 * running.ask("GET", "/health")[1]["waiting"] == 16
+
+    threading.Thread(target=lambda: (_until(all_wait), first.set()), daemon=True).start()
     found = running.reward(batch_size=2, connections=8)(PICTURES[:16], CAPTIONS[:16])
-    assert torch.allclose(found, brightness(PICTURES[:16], None)) and sizes == [2, 14]
+    assert torch.allclose(found, brightness(PICTURES[:16], None))
+    assert len(sizes) == 2 and sum(sizes) == 16  # what came first, and all that waited meanwhile
     status, health = running.ask("GET", "/health")
     assert status == 200 and health == {"status": "ok", "protocol": "dancegrpo-reward", "version": 1, "name": "slow", "batch_size": 16, "waiting": 0, "scored": 16}
 
@@ -281,3 +285,26 @@ def test_killed_and_restarted_in_the_middle_of_a_run(cli, loop_only, saved, tiny
     scores = [[json.loads(row)["reward_mean"] for row in (tmp_path / name / "quickstart/metrics.jsonl").read_text().splitlines()] for name in ("here", "there")]
     assert len(scores[1]) == 3 and scores[1] == pytest.approx(scores[0], abs=1e-6)
     assert restarted[0].end(signal.SIGINT) == 0
+
+
+def test_the_server_of_the_page_is_one(tmp_path, monkeypatch):
+    """docs/reward_server.md's own example, called by Remote Reward."""
+    from aiohttp import web
+
+    page = (Path(rewards.__file__).parents[2] / "docs/reward_server.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    loop, started = asyncio.new_event_loop(), []
+    threading.Thread(target=loop.run_forever, daemon=True).start()
+
+    async def start(app):
+        runner = web.AppRunner(app, access_log=None)
+        await runner.setup()
+        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        return runner
+
+    monkeypatch.setattr(web, "run_app", lambda app, host, port: started.append(asyncio.run_coroutine_threadsafe(start(app), loop).result(30)))
+    exec(compile(code, "docs/reward_server.md", "exec"), {})
+    address = Address.parse(f"http://127.0.0.1:{started[0].addresses[0][1]}/score")
+    gray_and_red = torch.tensor([[0.5, 0.5, 0.5], [1.0, 0.0, 0.0]]).view(2, 1, 1, 3).expand(2, 4, 4, 3)
+    assert remote.load(Service(address, retries=0), "saturation")(gray_and_red, ["a", "b"]).tolist() == [0, 1]
+    asyncio.run_coroutine_threadsafe(started[0].cleanup(), loop).result(30)
