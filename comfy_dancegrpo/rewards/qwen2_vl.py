@@ -1,7 +1,8 @@
 """Qwen2-VL (arXiv 2409.12191) as a judge: it reads a picture or a video and an instruction, and a small head turns its state at marks in the
 text into numbers. What HPSv3 and VideoAlign share.
 
-As their published code runs it: tokens of the picture are numbered one after the other like those of the text, and not by row and column.
+As their published code trains and runs it: tokens of the picture are numbered one after the other like those of the text, and not by row and
+column; and the frequencies of the rotary embeddings are rounded like the weights, because the whole model is cast to bfloat16.
 """
 
 from __future__ import annotations
@@ -127,6 +128,7 @@ class Judge(nn.Module):
         ours = weights.part(tensors, "rm_head.", path)
         rest = {name: value for name, value in tensors.items() if not name.startswith("rm_head.")}
         self.qwen = weights.fill(lambda: Model(Qwen2VLConfig.from_pretrained(base, local_files_only=True), len(embeddings)), rest, path)
+        self.qwen.to(embeddings.dtype)  # the frequencies
         self.head = weights.fill(lambda: head(embeddings.shape[1]), ours, path).float()
 
     @torch.no_grad()

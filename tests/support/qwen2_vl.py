@@ -76,7 +76,10 @@ def tensors(vocabulary: int) -> dict[str, torch.Tensor]:
 
 
 def states(weights: dict[str, torch.Tensor], ids: list[int], pad: int, frames: np.ndarray) -> torch.Tensor:
-    """The last states [tokens, WIDTH] of a sequence in which `pad` stands for what is seen: frames [2t, 3, h, w], whole numbers to 255."""
+    """The last states [tokens, WIDTH] of a sequence in which `pad` stands for what is seen: frames [2t, 3, h, w], whole numbers to 255.
+
+    The frequencies of the rotary embeddings have the precision of the weights, as a model has that is cast as a whole."""
+    precision = weights["model.embed_tokens.weight"].dtype
     w = {name: value.double() for name, value in weights.items()}
 
     def linear(name, x):
@@ -104,7 +107,7 @@ def states(weights: dict[str, torch.Tensor], ids: list[int], pad: int, frames: n
     pixels = (frames.astype(np.float64) / 255 - mean[:, None, None]) / std[:, None, None]
     rows, columns = frames.shape[2] // 14, frames.shape[3] // 14
     places = [(2 * r + i, 2 * c + j) for r in range(rows // 2) for c in range(columns // 2) for i in range(2) for j in range(2)]
-    frequencies = 1e4 ** -(torch.arange(4).double() / 4)
+    frequencies = (1e4 ** -(torch.arange(4).double() / 4)).to(precision).double()
     angles = torch.tensor(places).double()[:, :, None] * frequencies  # of the row, then of the column
     seen = []
     for t in range(0, len(frames), 2):  # frames are attended to two by two
@@ -121,7 +124,7 @@ def states(weights: dict[str, torch.Tensor], ids: list[int], pad: int, frames: n
     ids = torch.tensor(ids)
     x = w["model.embed_tokens.weight"][ids].clone()
     x[ids == pad] = torch.cat(seen)
-    angles = torch.arange(len(ids)).double()[:, None] * 1e6 ** -(torch.arange(4).double() / 4)
+    angles = torch.arange(len(ids)).double()[:, None] * (1e6 ** -(torch.arange(4).double() / 4)).to(precision).double()
     for layer in (f"model.layers.{k}." for k in range(LAYERS)):
         y = rms_norm(f"{layer}input_layernorm", x)
         q, k, v = (linear(f"{layer}self_attn.{name}_proj", y).unflatten(1, (-1, 8)) for name in "qkv")
