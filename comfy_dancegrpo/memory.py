@@ -43,6 +43,7 @@ class Wanted:
     steps: int
     size: Size
     quantized: str = "none"
+    prompt_cache: str = "memory"
 
 
 def estimate(wanted: Wanted) -> dict[str, float]:
@@ -68,7 +69,7 @@ def estimate(wanted: Wanted) -> dict[str, float]:
         state: trained * _STATE[wanted.optimizer],
         "trajectories" + MAIN: wanted.samples * wanted.steps * _product(policy.latent_shape(wanted.size)) * 4,
         "activations in training (rough)": activations(policy, wanted) * bytes_each * (2 if policy.classifier_free else 1),
-        "encoded prompts, at most" + MAIN: float(prompt_cache.IN_MEMORY),
+        **({"encoded prompts, at most" + MAIN: float(prompt_cache.IN_MEMORY)} if wanted.prompt_cache == "memory" else {}),
         "state to be saved, former and new" + MAIN: 2 * trained * ((8 if wanted.ema else 4) + _STATE[wanted.optimizer]),
         **({"the base's own weights" + MAIN: numbers * bytes_each} if every else {}),
     }

@@ -119,6 +119,30 @@ def test_a_run_stopped_and_resumed_ends_as_the_one_that_was_not(policy, tmp_path
     assert second.digest() == whole.digest()
 
 
+class Heard(Host):
+    def __init__(self, **folders):
+        super().__init__(**folders)
+        self.lines = []
+
+    def say(self, line):
+        self.lines.append(line)
+
+
+def test_a_run_that_breaks_off_leaves_its_weights_and_the_base(policy, tmp_path):
+    before, host = state(policy), Heard(output=tmp_path)
+    settings = LoopSettings(iterations=3, prompts_per_iteration=2, micro_batch=2, lora=FullSettings())
+    with use(host), pytest.raises(KeyboardInterrupt):
+        with Session(policy, PromptList(PROMPTS), settings, "fingerprint") as session:
+            session.end(iteration(policy, session.begin()[0].learner))
+            kept = session.snapshot().tensors
+            iteration(policy, session.begin()[0].learner)  # what is lost
+            raise KeyboardInterrupt
+    assert same(state(policy), before)
+    file = tmp_path / "run" / "lora" / "run" / "transformer" / "diffusion_pytorch_model.safetensors"
+    assert same(load_file(file), kept) and not same(kept, before)
+    assert any(f"weights so far in {file}" in line and line.startswith("stopped after iteration 1") for line in host.lines)
+
+
 def test_base_and_snapshots_in_the_middle_of_a_training(policy):
     def picture():
         return sample_of(policy)

@@ -116,6 +116,7 @@ def test_full_fine_tuning_is_what_it_takes(dtype, ema_decay):
 def test_prompts_in_memory_are_bounded_by_what_the_estimate_says():
     found = memory.estimate(WANTED)["encoded prompts, at most (main memory)"]
     assert found == inspect.signature(PromptCache).parameters["limit"].default
+    assert "encoded prompts, at most (main memory)" not in memory.estimate(replaced(prompt_cache="disk"))
 
 
 @pytest.mark.parametrize("name, weight", [("int8 (torchao)", 1), ("float8 (torchao)", 1), ("8-bit (bitsandbytes)", 1), ("nf4 (bitsandbytes)", 0.5)])

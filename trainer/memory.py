@@ -34,7 +34,7 @@ def report(host: ConsoleHost) -> list[str]:
                 with quiet_loading():
                     lines += memory.report(memory.Wanted(
                         policy=base["policy"], parts=parts_of(base), dtype=base["dtype"], quantized=base["quantization"],
-                        optimizer=loop["optimizer"], ema=loop["ema_decay"] > 0,
+                        prompt_cache=base["prompt_cache"], optimizer=loop["optimizer"], ema=loop["ema_decay"] > 0,
                         lora=full.settings(loop["lora_rank"], loop["lora_alpha"], loop["lora_targets"]),
                         gradient_checkpointing=loop["gradient_checkpointing"], micro_batch=loop["micro_batch"], steps=sample["steps"],
                         samples=loop["prompts_per_iteration"] * sample["group_size"], size=Size(sample["height"], sample["width"], sample["frames"])))
