@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import functools
+import os
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -20,13 +21,12 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 _PATIENCE = datetime.timedelta(hours=12)  # whoever waits is not the one that hangs: the launcher watches for that, and a rollout may take an hour
+SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")  # of torchrun and accelerate launch, and of MPI's
 _BUCKET = 2**25  # numbers in one reduction: few calls, and no second copy of a whole model
 
 
 @functools.cache
 def _state():
-    import os
-
     from accelerate import PartialState
     from accelerate.utils import parse_flag_from_env
 
@@ -41,14 +41,19 @@ def _accelerated() -> bool:
     return torch.accelerator.is_available() if hasattr(torch, "accelerator") else torch.cuda.is_available()
 
 
+def _alone() -> bool:
+    """Known without asking accelerate, which takes seconds to load: no launcher speaks of others, or the host has a device of its own (ComfyUI)."""
+    return host().device() is not None or all(os.environ.get(name, "1") in ("", "1") for name in SIZES)
+
+
 def count() -> int:
-    """How many processes there are. A host with a device of its own (ComfyUI) is alone."""
-    return 1 if host().device() is not None else _state().num_processes
+    """How many processes there are."""
+    return 1 if _alone() else _state().num_processes
 
 
 def rank() -> int:
     """This process's number, from 0."""
-    return 0 if host().device() is not None else _state().process_index
+    return 0 if _alone() else _state().process_index
 
 
 def is_first() -> bool:
@@ -184,6 +189,11 @@ def _placed(parts: list[tuple[Tensor, Tensor]], total: int) -> Tensor:
         if len(rows):
             out[places.cpu()] = rows.cpu()
     return out
+
+
+def any_of(flag: bool) -> bool:
+    """Whether it holds in any process."""
+    return any(all_of(bool(flag)))
 
 
 def all_of(value: T) -> list[T]:

@@ -46,10 +46,15 @@ def _program(version: Annotated[bool, typer.Option("--version", help="Shows the 
 @app.command()
 def run(workflow: Workflow, output: Output = Path("output"), models: Models = None, extra_model_paths: ExtraModelPaths = None,
         input: Input = None, comfyui: ComfyUI = None, run: Run = None, set_: Set = None, iterations: Iterations = None,
-        seed: Seed = None, allow_host: AllowHost = None, debug: Debug = False) -> None:
-    """Runs a workflow: checks it whole, then trains."""
+        seed: Seed = None, allow_host: AllowHost = None,
+        processes: Annotated[Optional[int], typer.Option(min=1, help="How many train together: every visible GPU, or 1.", show_default=False)] = None,
+        config: Annotated[Optional[Path], typer.Option(metavar="FILE", help="Starts them by accelerate, as this file of its says.", show_default=False)] = None,
+        debug: Debug = False) -> None:
+    """Runs a workflow: checks it whole, then trains, on every visible GPU."""
+    from . import launch
     from .session import Options, prepare, resume_command
 
+    launch.end_with_the_launcher()
     options = Options(output, input, models, extra_model_paths, comfyui, run, iterations, seed, set_ or [], allow_host or [])
     host = None
 
@@ -60,11 +65,29 @@ def run(workflow: Workflow, output: Output = Path("output"), models: Models = No
         from comfy_dancegrpo.workflow.execute import execute
         from comfy_dancegrpo.workflow.host import use
 
+        started = launch.started()
         host = prepare(workflow, options)
+        if config is not None and started is None:
+            words = launch.accelerate_words(config, [*_said(), "--processes", str(launch.configured(config))])
+            raise typer.Exit(launch.follow(words))
+        if (count := launch.wanted(processes)) > 1:
+            raise typer.Exit(launch.launch(count, _said()))
         with use(host), host.running():
             execute(host.prompt, host.registry, extra_pnginfo=host.extra_pnginfo)
-        for written in ([host.run_folder] if host.run_folder else []) + list(host.files):
-            print(written)
+        if host.shows:
+            for written in ([host.run_folder] if host.run_folder else []) + list(host.files):
+                print(written)
+
+
+def _said() -> list[str]:
+    """The words of this command, but for those that say how many processes there are to be."""
+    words, kept = iter(sys.argv[1:]), []
+    for word in words:
+        if word in ("--processes", "--config"):
+            next(words, None)
+        elif not word.startswith(("--processes=", "--config=")):
+            kept.append(word)
+    return kept
 
 
 @app.command()
@@ -255,11 +278,20 @@ def _reported(debug: bool, resume: Callable[[], str] = lambda: "") -> Iterator[N
     try:
         yield
     except (Exception, KeyboardInterrupt) as error:
+        if isinstance(error, typer.Exit):
+            raise
         if debug:
             traceback.print_exc()
-        for line in _lines(error, resume):
-            print(f"dancegrpo: {line}", file=sys.stderr)
+        for line in [] if getattr(error, "from_first", False) else _lines(error, resume):
+            print(f"dancegrpo: {_who()}{line}", file=sys.stderr)
         raise typer.Exit(_status(error)) from None
+
+
+def _who() -> str:
+    """Which process speaks, where it is not the first."""
+    from comfy_dancegrpo import processes
+
+    return "" if processes.is_first() else f"process {processes.rank()}: "
 
 
 def _lines(error: BaseException, resume: Callable[[], str]) -> list[str]:

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from comfy_dancegrpo import processes
 from comfy_dancegrpo.errors import Interrupted
 
 from .hosts import ProgramHost
@@ -30,7 +31,8 @@ class ConsoleHost(ProgramHost):
         super().__init__(*options)
         self.files: dict[Path, None] = {}
         self._stopped_by: int | None = None
-        self._display = _Bars() if sys.stderr.isatty() else _Lines()
+        self.shows = processes.is_first()
+        self._display = _Silent() if not self.shows else _Bars() if sys.stderr.isatty() else _Lines()
 
     def node_started(self, node_id: str, class_type: str, title: str) -> None:
         self._display.node(node_id, title)
@@ -48,6 +50,10 @@ class ConsoleHost(ProgramHost):
         self._display.say(line)
 
     def check_interrupt(self) -> None:
+        if processes.count() == 1:  # of many, none may leave while others wait for it
+            self.check_before_node()
+
+    def check_before_node(self) -> None:
         if self._stopped_by is not None:
             error = Interrupted("stopped")
             error.exit_status = 128 + self._stopped_by
@@ -64,8 +70,8 @@ class ConsoleHost(ProgramHost):
             if self._stopped_by is not None:
                 raise StoppedAtOnce(signum)
             self._stopped_by = signum
-            # not print: the signal may have come in the middle of one
-            os.write(2, b"\nstopping after this micro-batch; once more stops at once\n")
+            if self.shows:  # not print: the signal may have come in the middle of one
+                os.write(2, b"\nstopping after this %s; once more stops at once\n" % (b"micro-batch" if processes.count() == 1 else b"node"))
 
         previous = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)}
         try:
@@ -96,6 +102,18 @@ class _Lines:
 
     def close(self) -> None:
         """Nothing is open."""
+
+
+class _Silent:
+    """In all processes but the first."""
+
+    def node(self, node_id: str, title: str) -> None: ...
+
+    def progress(self, value: float, total: float, text: str) -> None: ...
+
+    def say(self, line: str) -> None: ...
+
+    def close(self) -> None: ...
 
 
 class _Bars:

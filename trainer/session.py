@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from comfy_dancegrpo.addresses import Place
+from comfy_dancegrpo import processes
 from comfy_dancegrpo.errors import WorkflowError
 from comfy_dancegrpo.workflow.host import use
 
@@ -93,14 +94,17 @@ def prepare(workflow: Path, options: Options) -> ConsoleHost:
     from comfy_dancegrpo.workflow.overrides import apply_overrides
     from comfy_dancegrpo.workflow.read import read_workflow
 
-    saved = read_workflow(workflow)
     host, nodes = make_host(options)
-    with use(host):  # the choices of a combo may be files of the model folders
-        prompt = to_prompt(saved, nodes.object_info())
-        prompt = apply_overrides(prompt, nodes.registry, [*_loop_overrides(prompt, nodes.registry, options), *options.overrides])
-        check(prompt, nodes.registry)
-    host.workflow_source, host.prompt = saved.raw, prompt
-    host.extra_pnginfo = {"workflow": saved.data} if saved.format == "ui" else None
+
+    def read() -> tuple[bytes, dict, dict | None]:
+        saved = read_workflow(workflow)
+        with use(host):  # the choices of a combo may be files of the model folders
+            prompt = to_prompt(saved, nodes.object_info())
+            prompt = apply_overrides(prompt, nodes.registry, [*_loop_overrides(prompt, nodes.registry, options), *options.overrides])
+            check(prompt, nodes.registry)
+        return saved.raw, prompt, {"workflow": saved.data} if saved.format == "ui" else None
+
+    host.workflow_source, host.prompt, host.extra_pnginfo = processes.on_first(read)
     return host
 
 

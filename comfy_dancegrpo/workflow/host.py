@@ -103,7 +103,11 @@ class Host:
         """One line that the user should read (resumed from…, a warning)."""
 
     def check_interrupt(self) -> None:
-        """Raises `errors.Interrupted` when the user asked to stop; called once a micro-batch, and before every node."""
+        """Raises `errors.Interrupted` when the user asked to stop; called once a micro-batch."""
+
+    def check_before_node(self) -> None:
+        """The same, called before every node: by all processes at the same one, where there are several."""
+        self.check_interrupt()
 
     def workflow_started(self, prompt: dict[str, dict], extra_pnginfo: dict[str, Any] | None) -> None:
         """A loop begins, in this prompt; a host that did not know it takes it for the run's files."""
