@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 from comfy_dancegrpo.errors import RunError
 from comfy_dancegrpo.grpo.transitions import TRANSITIONS
 from comfy_dancegrpo.workflow.host import host
@@ -33,9 +35,10 @@ class GroupSample:
             "width": wires.integer(720, 16, 8192, "Pixels.", 8),
             "height": wires.integer(720, 16, 8192, "Pixels.", 8),
             "initial_noise": wires.choice(["shared", "independent"], "shared: a group starts from one noise, so that only the steps tell its pictures apart."),
-        }, "optional": {"frames": wires.FRAMES}}
+        }, "optional": {"frames": wires.FRAMES}, "hidden": {"unique_id": "UNIQUE_ID"}}
 
-    def sample(self, policy, prompts, group_size, steps, transition, eta, shift, guidance_scale, width, height, initial_noise, frames=1):
+    def sample(self, policy, prompts, group_size, steps, transition, eta, shift, guidance_scale, width, height, initial_noise, frames=1,
+               unique_id=""):
         from comfy_dancegrpo.grpo.protocol import SamplingPlan, Size
         from comfy_dancegrpo.grpo.rollout import Request, sample
 
@@ -57,9 +60,12 @@ class GroupSample:
 
         def tick(done: int, total: int) -> None:
             host().check_interrupt()
+            early.check()
             host().progress(done, total)
 
-        host().load(family)
-        rollout = sample(family, request, policy.encode(prompts.prompts, size), plan, policy.learner.version, tick=tick)
+        with policy.scoring.begin(unique_id, request.own_prompts) as early:
+            host().load(family)
+            rollout = sample(family, request, policy.encode(prompts.prompts, size), plan, policy.learner.version, tick=tick, hand=early.add)
+        rollout = replace(rollout, early=early)
         pictures = rollout.every_picture  # None where only the first process has them: what shows or measures them runs there
         return rollout, [pictures] if pictures is None or pictures.ndim == 4 else list(pictures)

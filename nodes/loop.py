@@ -11,7 +11,7 @@ from comfy_dancegrpo.runs.folder import MAY_CHANGE, ON_EXISTING, name_problem
 from comfy_dancegrpo.workflow import loop
 from comfy_dancegrpo.workflow.host import host
 
-from . import remote_reward, watch, wires
+from . import remote_reward, rewards, watch, wires
 
 LORA_TARGETS = ["attention", "attention and feed-forward", "all linear layers", "modulation"]  # every family has these
 NOT_IN_FINGERPRINT = {("DanceGRPOLoadPolicy", "prompt_cache"), *(("DanceGRPOLoopStart", name) for name in MAY_CHANGE),
@@ -142,6 +142,7 @@ class LoopRunner:
         try:
             # ComfyUI runs nodes under inference mode; in the body only those that are not ours return to it (host.around)
             with processes.outside_inference_mode(), Session(policy, prompts, settings, fingerprint, body.end_id, rule) as session:
+                session.live.scoring.link(rewards.linked(runner))
                 while not session.ended:
                     session.end(runner.step(session.begin())["update"])
                 found = session.snapshot(), session.record()

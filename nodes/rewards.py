@@ -4,6 +4,7 @@ import time
 
 from comfy_dancegrpo import rewards
 from comfy_dancegrpo.errors import RunError
+from comfy_dancegrpo.workflow.graph import is_link
 
 from . import wires
 
@@ -90,6 +91,18 @@ class Score:
         start, rollout, reward = time.perf_counter(), rollout[0], reward[0]
         values = reward.of(rollout, None if images is None else _own(_samples(images, rollout), rollout))
         return (_with(rollout, reward.name, weight[0], values, scores[0], time.perf_counter() - start),)
+
+
+def linked(runner):
+    """By Group Sample's id, the rewards (`rewards.early.Linked`) by which Score nodes of a loop's body (`loop.BodyRunner`) will score what it draws."""
+    from comfy_dancegrpo.rewards.early import Linked
+
+    found = {}
+    for node_label, inputs in runner.surely_called(Score):
+        rollout, reward = inputs.get("rollout"), runner.from_outside(inputs.get("reward"))
+        if is_link(rollout) and reward is not None and not is_link(inputs.get("images")):
+            found.setdefault(rollout[0], []).append(Linked(reward, node_label))
+    return found
 
 
 def _own(samples, rollout):

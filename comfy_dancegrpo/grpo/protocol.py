@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -132,6 +132,7 @@ class Rollout:
     states: [n, T, ...] float32 on the CPU, the latents before each step. log_probs: [n, T - 1] float32, of the transitions that may be
     trained (all but the last). pictures: [n, H, W, 3] (videos [n, F, H, W, 3]) float32, 0..1, on the CPU; every_picture: those
     of all N, in the first process; None in the others. version: of the policy that it was sampled from. iteration: from 0.
+    early: the scores that rewards gave while it was drawn (`rewards.early.Early`), where there are such.
     """
 
     prompts: tuple[str, ...]
@@ -150,6 +151,7 @@ class Rollout:
     micro_batch: int
     calls: CallCount = field(compare=False)
     seconds: dict[str, float] = field(default_factory=dict, compare=False)
+    early: Any = field(default=None, compare=False, repr=False)
 
     @property
     def size(self) -> int:

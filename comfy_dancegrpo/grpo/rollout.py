@@ -42,6 +42,11 @@ class Request:
         return torch.arange(self.group_size).repeat(len(self.prompts))
 
     @property
+    def own_prompts(self) -> tuple[str, ...]:
+        """Of the samples that this process draws."""
+        return tuple(self.prompts[g] for g in self.groups[self.places].tolist())
+
+    @property
     def places(self) -> Tensor:
         """[n]: the samples that this process draws, of N; evenly spread over the order in which Update takes them, so that no process waits."""
         return torch.tensor(sorted(processes.share(update_order(self.seed, self.iteration, len(self.groups)))), dtype=torch.int64)
@@ -64,13 +69,15 @@ def initial_noise(request: Request, rows: Tensor, dtype: torch.dtype = torch.flo
 
 @torch.no_grad()
 def sample(policy: Denoiser, request: Request, conditioning: Conditioning, plan: SamplingPlan, version: tuple[str, int],
-           initial: Tensor | None = None, tick: Callable[[int, int], None] = lambda done, total: None, record: bool = True) -> Rollout:
+           initial: Tensor | None = None, tick: Callable[[int, int], None] = lambda done, total: None, record: bool = True,
+           hand: Callable[[Tensor], None] = lambda pictures: None) -> Rollout:
     """Draws this process's share of the request, micro-batch by micro-batch.
 
     Args:
         conditioning: P rows. version: of the policy, carried by the rollout. initial: [N, *latent_shape], in place of the
             request's own noise. tick: called after each micro-batch with (samples done, samples of this process); it may raise to stop.
         record: False keeps the pictures alone, for what is never trained on; states are then [0].
+        hand: called with each micro-batch's pictures, before tick.
 
     Returns:
         The rollout; its log_probs are 0 where the transition has no noise.
@@ -104,6 +111,7 @@ def sample(policy: Denoiser, request: Request, conditioning: Conditioning, plan:
         if densities:
             log_probs.append(torch.stack(densities, 1)[:real])
         pictures.append(decoded[:real].float().cpu())
+        hand(pictures[-1])
         seconds["denoise"] += decoding - start
         seconds["decode"] += time.perf_counter() - decoding
         tick(min(int(own[0]) + request.micro_batch, count), count)

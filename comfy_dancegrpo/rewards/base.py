@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import itertools
+import math
 import threading
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
@@ -127,7 +128,8 @@ class Reward:
     """A reward as it travels on a wire. It is called in batches of `batch_size` pictures.
 
     frames: of a video that are scored, evenly spread from its first to its last; `frame_score` of them is the video's score.
-    device: where it computes ("cuda:1", "cpu"); "" leaves that to the host.
+    device: where it computes ("cuda:1", "cpu"); "" leaves that to the host. waits: of one that another program computes, and that splits what it is
+    given itself, how many samples a call has; else 0.
     """
 
     name: str
@@ -137,6 +139,7 @@ class Reward:
     frame_score: str = "mean"
     whole_videos: bool = False
     device: str = ""
+    waits: int = 0
 
     @property
     def loaded(self) -> RewardFunction:
@@ -167,7 +170,7 @@ class Reward:
             return torch.zeros(0)
         host().load(self)
         videos = len(pictures) > 0 and pictures[0].ndim == 4
-        if self.whole_videos or getattr(self.loaded, "whole_videos", False):
+        if self._whole:
             return self._batches(pictures if videos else [picture[None] for picture in pictures], prompts)
         if videos:
             chosen = [video[spread(len(video), self.frames)] for video in pictures]
@@ -179,8 +182,19 @@ class Reward:
 
     def of(self, rollout: Rollout, pictures: Tensor | Sequence[Tensor] | None = None) -> Tensor:
         """[N] float32 in every process, of all N samples of a rollout, each scored where it was drawn. pictures: in place of this process's own."""
-        own = self(rollout.pictures if pictures is None else pictures, rollout.own_prompts)
+        own = rollout.early.of(self) if pictures is None and rollout.early is not None else None
+        if own is None:
+            own = self(rollout.pictures if pictures is None else pictures, rollout.own_prompts)
         return processes.gathered(own, rollout.places, rollout.size)
+
+    @property
+    def _whole(self) -> bool:
+        return self.whole_videos or getattr(self.loaded, "whole_videos", False)
+
+    def piece(self, sample: Tensor) -> int:
+        """After how many samples like this one its batches begin anew: scored in such pieces, numbers are the same bit for bit."""
+        frames = 1 if sample.ndim == 3 or self._whole else min(len(sample), self.frames)
+        return self.waits or self.batch_size // math.gcd(self.batch_size, frames)
 
     def _batches(self, pictures: Tensor | Sequence[Tensor], prompts: Sequence[str]) -> Tensor:
         import torch

@@ -75,7 +75,7 @@ class Question:
 
 def load(service: Service, model: str, question: Question, name: str = "judge") -> Reward:
     """service: of the whole address, `…/chat/completions`. model: as the server names it, "" where it has one alone."""
-    return Reward(name, Judge(service, model, question), batch_size=sys.maxsize, whole_videos=True)
+    return Reward(name, Judge(service, model, question), batch_size=sys.maxsize, whole_videos=True, waits=1)
 
 
 class Judge:

@@ -22,6 +22,7 @@ from ..lora.adapter import LoraSettings, LoraSnapshot
 from ..lora.full import FullSettings, FullSnapshot
 from ..policies.base import Policy
 from ..prompts import PromptList
+from ..rewards.early import Scoring
 from ..workflow.host import host
 from . import checkpoints, live, metrics, picture_statistics
 from .folder import RunFolder, claim
@@ -65,7 +66,7 @@ class LivePolicy:
         self.policy, self.learner, self.settings, self.watch = policy, learner, settings, watch
         self.state = learner.state()
         self.iteration = 0
-        self.prompts, self._encoded = prompts, PromptCache(policy)
+        self.prompts, self._encoded, self.scoring = prompts, PromptCache(policy), Scoring()
 
     def encode(self, prompts: tuple[str, ...], size: Size) -> Conditioning:
         last = min(self.iteration + ENCODED_AHEAD, self.settings.iterations)
@@ -257,6 +258,7 @@ class Session:
         return RunRecord(self.folder.path, tuple(metrics.read(self.folder.metrics)), tuple(self.watch.rows))
 
     def __exit__(self, kind, error, trace) -> None:
+        self.live.scoring.close()
         self.policy.checkpoint_gradients(False)
         self.trained.remove()
         try:

@@ -6,9 +6,14 @@ One host is active per process. The library and the nodes call `host()`; a progr
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import contextvars
+import queue
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path, PureWindowsPath
 from typing import Any
+
+from ..errors import Interrupted
 
 
 def inside(folder: Path, name: str) -> Path | None:
@@ -133,12 +138,52 @@ class Host:
         return contextlib.nullcontext()
 
 
+class Behind:
+    """The active host as a thread sees it that works behind the one which executes, and which alone may tell the host anything.
+
+    Models are not loaded here, lines wait until they are told, and only `stop` interrupts; all else is the host's.
+    """
+
+    def __init__(self) -> None:
+        self._lines: queue.SimpleQueue[str] = queue.SimpleQueue()
+        self._stopped = threading.Event()
+        self._host, self._context = host(), contextvars.copy_context()  # ComfyUI knows by the latter what it executes
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._host, name)
+
+    def run(self, work: Callable[..., None], *arguments: Any) -> None:
+        """What such a thread is started with."""
+        context = self._context.copy()
+        context.run(_behind.set, self)
+        context.run(work, *arguments)
+
+    def load(self, model: Any) -> None:
+        """The thread that executes has done it."""
+
+    def say(self, line: str) -> None:
+        self._lines.put(line)
+
+    def check_interrupt(self) -> None:
+        if self._stopped.is_set():
+            raise Interrupted("stopped")
+
+    def tell(self) -> None:
+        """By the thread that executes: passes on what was said."""
+        while not self._lines.empty():
+            host().say(self._lines.get())
+
+    def stop(self) -> None:
+        self._stopped.set()
+
+
 _active: list[Host] = [Host()]
+_behind: contextvars.ContextVar[Behind | None] = contextvars.ContextVar("behind", default=None)
 
 
 def host() -> Host:
     """The active host."""
-    return _active[-1]
+    return _behind.get() or _active[-1]
 
 
 @contextlib.contextmanager

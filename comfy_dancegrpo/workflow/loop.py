@@ -227,6 +227,22 @@ class BodyRunner:
                 found.append(self._known(node_id, inputs))
         return found
 
+    def surely_called(self, node_class: type) -> list[tuple[str, dict[str, Any]]]:
+        """Of the nodes of this class that every iteration calls, whatever lazy inputs ask for: how each is told in words, and its inputs."""
+        waiting, called = [*self._outputs, *(link[0] for link in self.body.results.values())], {}
+        while waiting:
+            node_id = waiting.pop()
+            if node_id in self.body.nodes and node_id not in called:
+                called[node_id] = spec = self._executor.spec(self.body.nodes, node_id)
+                waiting += [source for name, source, _ in links(self.body.nodes[node_id]) if not spec.is_lazy(name)]
+        return [(label(self._executor.original, node_id), self.body.nodes[node_id]["inputs"])
+                for node_id in self.body.nodes if node_id in called and called[node_id].cls is node_class]
+
+    def from_outside(self, value: Any) -> Any:
+        """What an input gets by a link from outside the loop; None for any other, and where it is blocked or not one value."""
+        values = self._outside.get((value[0], int(value[1])), ()) if is_link(value) else ()
+        return values[0] if len(values) == 1 and not calls.is_blocked(values[0]) else None
+
     def _known(self, node_id: str, given: Mapping[str, Any]) -> dict[str, Any]:
         """Inputs of a node that are there before the loop runs, as its function would receive them."""
         as_list = self._executor.spec(self.body.nodes, node_id).input_is_list
