@@ -57,8 +57,8 @@ def drawn(monkeypatch):
     """`drawn(...)`: the curves, by title: (x, y) of their lines."""
     from matplotlib.figure import Figure
 
-    figures, made = [], Figure.subplot_mosaic
-    monkeypatch.setattr(Figure, "subplot_mosaic", lambda self, *args, **named: (figures.append(self), made(self, *args, **named))[1])
+    figures, made = [], Figure.subfigures
+    monkeypatch.setattr(Figure, "subfigures", lambda self, *args, **named: (figures.append(self), made(self, *args, **named))[1])
 
     def draw(rows, **options):
         assert curves(tuple(rows), "run", 960, 960, **options).size == (960, 960)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -107,23 +106,21 @@ def curves(rows: tuple[dict[str, Any], ...], title: str, width: int = 960, heigh
         panels.append({f"pictures {key}": (name, values("pictures", key)) for key, name in picture_statistics.NAMES.items()})
 
     figure = Figure(figsize=(width / 100, height / 100), dpi=100, layout="constrained")
-    columns = math.lcm(*map(len, panels))
-    mosaic = [[key for key in line for _ in range(columns // len(line))] for line in panels]
-    axes = figure.subplot_mosaic(mosaic, height_ratios=[2, *[1] * (len(panels) - 1)])
-    _reward(axes.pop("reward"), iterations, values("reward_mean"), values("reward_std"), title)
-    for key, (name, column) in ((key, panel) for line in panels[1:] for key, panel in line.items()):
-        there = axes[key]
-        if key.startswith("watch "):
-            there.plot([r["iteration"] for r in watched], column, color="C1", linewidth=1.6, marker=".")
-        else:
-            there.plot(iterations, column, linewidth=1.2)
-        there.set_title(name, fontsize=10)
-        there.set_xlim(0, iterations[-1] + 1)
-    for key in panels[-1]:
-        axes[key].set_xlabel("iteration", fontsize=9)
-    for there in figure.axes:
-        there.spines[["top", "right"]].set_visible(False)
-        there.grid(alpha=0.2)
+    lines = figure.subfigures(len(panels), 1, squeeze=False, height_ratios=[2, *[1] * (len(panels) - 1)])[:, 0]
+    _reward(lines[0].subplots(), iterations, values("reward_mean"), values("reward_std"), title)
+    for line, line_panels in zip(lines[1:], panels[1:]):
+        for axes, (key, (name, column)) in zip(line.subplots(1, len(line_panels), squeeze=False)[0], line_panels.items()):
+            if key.startswith("watch "):
+                axes.plot([r["iteration"] for r in watched], column, color="C1", linewidth=1.6, marker=".")
+            else:
+                axes.plot(iterations, column, linewidth=1.2)
+            axes.set_title(name, fontsize=10)
+            axes.set_xlim(0, iterations[-1] + 1)
+            if line is lines[-1]:
+                axes.set_xlabel("iteration", fontsize=9)
+    for axes in figure.axes:
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.2)
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     return Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3].copy())
