@@ -92,6 +92,9 @@ class ComfyHost(host.Host):
             self._patchers[model] = WholePatcher.of(model)
         comfy.model_management.load_models_gpu([self._patchers[model]], force_full_load=True)
 
+    def unload(self, model: Any) -> None:
+        """ComfyUI moves what lies idle off the GPU when memory is short."""
+
     def around(self, node_class: type) -> contextlib.AbstractContextManager:
         ours = node_class.__module__.startswith("comfy_dancegrpo.")
         return contextlib.nullcontext() if ours else torch.inference_mode()

@@ -36,6 +36,8 @@ class LoadReward:
             "frame_score": wires.choice(list(rewards.FRAME_SCORES), "Of the scored frames, what the video gets."),
             "device": ("STRING", {"default": "", "tooltip": "Where it computes: cpu, cuda:1 … Empty: where the policy does."}),
             "fps": wires.number(rewards.FPS, 0.1, 240.0, "Frames a second of videos, for rewards of whole videos: fewer make the video longer.", 1.0),
+            "offload": ("BOOLEAN", {"default": False, "tooltip": "Between two scorings its weights lie in main memory: for a GPU that is too small for both "
+                                                                "models. ComfyUI does so by itself."}),
         }}
 
     @classmethod
@@ -50,8 +52,8 @@ class LoadReward:
         return rewards.problem(reward, model, base, device) or True
 
     def load(self, reward: str, model: str, batch_size: int, base=rewards.PUBLISHED, frames=8, frame_score="mean", device="",
-             fps=rewards.FPS):
-        return (rewards.load(reward, model, batch_size, base, fps, frames=frames, frame_score=frame_score, device=device),)
+             fps=rewards.FPS, offload=False):
+        return (rewards.load(reward, model, batch_size, base, fps, frames=frames, frame_score=frame_score, device=device, offload=offload),)
 
 
 def _with(rollout, name: str, weight: float, values, earlier, seconds: float):

@@ -16,7 +16,7 @@ from comfy_dancegrpo import nodes, rewards
 from comfy_dancegrpo.errors import Interrupted, RunError
 from comfy_dancegrpo.nodes.rewards import linked as linked_rewards
 from comfy_dancegrpo.policies.flux import Flux
-from comfy_dancegrpo.rewards import Reward
+from comfy_dancegrpo.rewards import Reward, early
 from comfy_dancegrpo.rewards.early import Early, Linked, Scoring, elsewhere
 from comfy_dancegrpo.workflow import loop
 from comfy_dancegrpo.workflow.host import Host, host, use
@@ -315,3 +315,52 @@ def test_which_scores_are_computed_early(loop_only):
 
     assert linked() == {"5": [Linked(reward, LABEL)]}
     assert linked(images=["5", 1]) == {} and linked(reward=["4", 0]) == {}
+
+
+# -- offload ------------------------------------------------------------------------------------------------------------
+class Moved(torch.nn.Module):
+    """Notes where it is sent, and where it was when it was called."""
+
+    def __init__(self, fails=False):
+        super().__init__()
+        self.at, self.called, self.fails = ["cpu"], [], fails
+
+    def to(self, device):
+        self.at.append(str(device))
+
+    def forward(self, samples, texts):
+        self.called.append(self.at[-1])
+        if self.fails:
+            raise LookupError
+        return samples.mean((1, 2, 3))
+
+
+@pytest.mark.parametrize("offload, way", [(True, ["cpu", "cuda:1", "cpu", "cuda:1", "cpu"]), (False, ["cpu", "cuda:1", "cuda:1"])])
+def test_a_reward_leaves_the_device_between_scorings(offload, way):
+    reward = Reward("moved", module := Moved(), batch_size=10, device="cuda:1", offload=offload)
+    for _ in range(2):
+        reward(PICTURES, prompts(14))
+    assert module.at == way and module.called == ["cuda:1"] * 4
+
+
+def test_also_where_it_fails():
+    reward = Reward("moved", module := Moved(fails=True), device="cuda:1", offload=True)
+    with pytest.raises(RunError):
+        reward(PICTURES, prompts(14))
+    assert module.at == ["cpu", "cuda:1", "cpu"]
+
+
+def test_early_scores_load_and_leave_once(monkeypatch):
+    monkeypatch.setattr(early, "elsewhere", lambda reward, device: True)
+    scoring, reward = Scoring(), Reward("moved", module := Moved(), batch_size=2, device="cuda:1", offload=True)
+    scoring.link({"5": [Linked(reward, LABEL)]})
+    with scoring.begin("5", prompts(14)) as found:
+        for part in PICTURES.split(4):
+            found.add(part)
+    assert torch.equal(found.of(reward), PICTURES.mean((1, 2, 3)))
+    assert module.at == ["cpu", "cuda:1", "cpu"] and module.called == ["cuda:1"] * 7
+
+
+def test_load_reward_offers_it(tmp_path):
+    (found,) = nodes.NODE_CLASS_MAPPINGS["DanceGRPOLoadReward"]().load("clip_score", "embedded", 4, offload=True)
+    assert found.offload and not rewards.load("clip_score").offload

@@ -20,7 +20,7 @@ RECORDED = {
         "ema_decay micro_batch checkpoint_every on_existing", "warmup schedule lora optimizer gradient_checkpointing", "DANCEGRPO_LIVE_POLICY DANCEGRPO_PROMPTS INT"),
     "DanceGRPOGroupSample": (
         "policy prompts group_size steps transition eta shift guidance_scale width height initial_noise", "frames", "DANCEGRPO_ROLLOUT IMAGE"),
-    "DanceGRPOLoadReward": ("reward model batch_size", "base frames frame_score device fps", "DANCEGRPO_REWARD"),
+    "DanceGRPOLoadReward": ("reward model batch_size", "base frames frame_score device fps offload", "DANCEGRPO_REWARD"),
     "DanceGRPOScore": ("rollout reward weight", "images scores", "DANCEGRPO_SCORES"),
     "DanceGRPORemoteReward": ("address reward batch_size connections timeout retries", "fps", "DANCEGRPO_REWARD"),
     "DanceGRPOJudgeReward": ("address model question low high connections timeout retries", "frames reference name", "DANCEGRPO_REWARD"),

@@ -129,7 +129,7 @@ class Reward:
 
     frames: of a video that are scored, evenly spread from its first to its last; `frame_score` of them is the video's score.
     device: where it computes ("cuda:1", "cpu"); "" leaves that to the host. waits: of one that another program computes, and that splits what it is
-    given itself, how many samples a call has; else 0.
+    given itself, how many samples a call has; else 0. offload: its weights leave the device after each scoring.
     """
 
     name: str
@@ -140,6 +140,7 @@ class Reward:
     whole_videos: bool = False
     device: str = ""
     waits: int = 0
+    offload: bool = False
 
     @property
     def loaded(self) -> RewardFunction:
@@ -159,6 +160,12 @@ class Reward:
             for module in self.modules:
                 module.to(self.device or device)
 
+    def leave(self) -> None:
+        """Moves the weights to main memory, until the next `to`."""
+        with processes.outside_inference_mode():
+            for module in self.modules:
+                module.to("cpu")
+
     def __call__(self, pictures: Tensor | Sequence[Tensor], prompts: Sequence[str]) -> Tensor:
         """[N] float32, of N pictures [H, W, 3] or videos [F, H, W, 3] in 0..1.
 
@@ -169,6 +176,19 @@ class Reward:
         if not len(prompts):  # a process that drew none
             return torch.zeros(0)
         host().load(self)
+        try:
+            return self._scores(pictures, prompts)
+        finally:
+            self.done()
+
+    def done(self) -> None:
+        """It scores nothing more until it is loaded again."""
+        if self.offload:
+            host().unload(self)
+
+    def _scores(self, pictures: Tensor | Sequence[Tensor], prompts: Sequence[str]) -> Tensor:
+        import torch
+
         videos = len(pictures) > 0 and pictures[0].ndim == 4
         if self._whole:
             return self._batches(pictures if videos else [picture[None] for picture in pictures], prompts)

@@ -121,6 +121,7 @@ class Early:
             self._behind.tell()
             concurrent.futures.wait([future], timeout=_LOOK)
         self._behind.tell()
+        reward.done()
         return future.result()
 
     def stop(self) -> None:

@@ -78,6 +78,10 @@ class Host:
 
         model.to(processes.device())
 
+    def unload(self, model: Any) -> None:
+        """A reward is to leave the device until it is loaded again. It has `leave()`."""
+        model.leave()
+
     def lora_saved(self, path: Path) -> None:
         """A run's LoRA is on disk; a host that loads LoRAs makes it known there."""
 
@@ -160,6 +164,9 @@ class Behind:
 
     def load(self, model: Any) -> None:
         """The thread that executes has done it."""
+
+    def unload(self, model: Any) -> None:
+        """And will do it."""
 
     def say(self, line: str) -> None:
         self._lines.put(line)
