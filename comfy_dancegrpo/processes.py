@@ -9,10 +9,11 @@ import contextlib
 import datetime
 import functools
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from .errors import DanceGRPOError, RunError
+from .errors import DanceGRPOError, RunError, WorkflowError
 from .workflow.host import host
 
 if TYPE_CHECKING:
@@ -20,8 +21,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 T = TypeVar("T")
-_PATIENCE = datetime.timedelta(hours=12)  # whoever waits is not the one that hangs: the launcher watches for that, and a rollout may take an hour
-SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")  # of torchrun and accelerate launch, and of MPI's
+_PATIENCE = datetime.timedelta(hours=12)  # for what the others do: a rollout may take an hour
+_MEETING = datetime.timedelta(minutes=15)  # until all that were announced are there
+_MPI_SIZES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+_RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
 _BUCKET = 2**25  # numbers in one reduction: few calls, and no second copy of a whole model
 
 
@@ -30,9 +33,24 @@ def _state():
     from accelerate import PartialState
     from accelerate.utils import parse_flag_from_env
 
-    timeout = {"timeout": _PATIENCE} if int(os.environ.get("WORLD_SIZE", 1)) > 1 else {}
+    announced = started() or 1
+    timeout = {"timeout": _MEETING} if announced > 1 else {}
     # without being told, accelerate overlooks the other processes where there is no GPU
-    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not _accelerated(), **timeout)
+    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not _accelerated(), **timeout)
+    if state.num_processes != announced:  # each would train by itself, in one folder
+        raise WorkflowError(f"the launcher announced {announced} processes, and {state.num_processes} came together; accepted: a launcher that sets "
+                            "RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT, as torchrun does")
+    return state
+
+
+def started() -> int | None:
+    """How many processes a launcher says that it started, this one among them; None where none says anything."""
+    if os.environ.get("WORLD_SIZE", "").isdigit():
+        return int(os.environ["WORLD_SIZE"])
+    by_mpi = max((int(os.environ[name]) for name in _MPI_SIZES if os.environ.get(name, "").isdigit()), default=1)
+    if by_mpi > 1:  # one alone may just as well be a cluster's way to start a program
+        return by_mpi
+    return 1 if "ACCELERATE_MIXED_PRECISION" in os.environ else None  # accelerate launch, which says no number where it is one
 
 
 def _accelerated() -> bool:
@@ -43,7 +61,7 @@ def _accelerated() -> bool:
 
 def _alone() -> bool:
     """Known without asking accelerate, which takes seconds to load: no launcher speaks of others, or the host has a device of its own (ComfyUI)."""
-    return host().device() is not None or all(os.environ.get(name, "1") in ("", "1") for name in SIZES)
+    return host().device() is not None or (started() or 1) == 1
 
 
 def count() -> int:
@@ -52,8 +70,8 @@ def count() -> int:
 
 
 def rank() -> int:
-    """This process's number, from 0."""
-    return 0 if _alone() else _state().process_index
+    """This process's number, from 0; known before the processes have met."""
+    return 0 if _alone() else next((int(os.environ[name]) for name in _RANKS if os.environ.get(name, "").isdigit()), 0)
 
 
 def is_first() -> bool:
@@ -77,10 +95,9 @@ def outside_inference_mode() -> Iterator[None]:
 
 def end() -> None:
     """Leaves the group of processes, where there is one."""
-    import torch.distributed
-
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    dist = sys.modules.get("torch.distributed")
+    if dist is not None and dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
 
 
 # -- shares of the work -------------------------------------------------------------------------------------------------------
@@ -90,6 +107,19 @@ def share(items: list[T]) -> list[T]:
 
 
 # -- collectives --------------------------------------------------------------------------------------------------------------
+class Lost(RunError):
+    """Another process has ended; its own error tells why."""
+
+
+@contextlib.contextmanager
+def _talking() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:  # of torch.distributed, whose errors have this class in common
+        said = str(error).strip().splitlines()
+        raise Lost(f"another process has ended ({said[0] if said else type(error).__name__})") from error
+
+
 def broadcast(value: T) -> T:
     """The first process's value, in all of them (pickled between our own processes)."""
     if count() == 1:
@@ -97,7 +127,8 @@ def broadcast(value: T) -> T:
     import torch.distributed as dist
 
     box = [value if is_first() else None]
-    dist.broadcast_object_list(box, 0, group=_talk())
+    with _talking():
+        dist.broadcast_object_list(box, 0, group=_talk())
     return box[0]
 
 
@@ -138,7 +169,8 @@ def sum_over_all(tensors: Iterable[Tensor]) -> None:
 
     for bucket in _buckets(tensors):
         flat = torch.cat([tensor.reshape(-1) for tensor in bucket])
-        dist.all_reduce(flat, group=_talk() if flat.device.type == "cpu" else None)
+        with _talking():
+            dist.all_reduce(flat, group=_talk() if flat.device.type == "cpu" else None)
         for tensor, total in zip(bucket, flat.split([tensor.numel() for tensor in bucket])):
             tensor.copy_(total.view_as(tensor))
 
@@ -168,13 +200,15 @@ def gathered(rows: Tensor, places: Tensor, total: int, everywhere: bool = True) 
     import torch.distributed as dist
 
     kinds: list[Any] = [None] * count()
-    dist.all_gather_object(kinds, (tuple(rows.shape), rows.dtype, places.tolist()), group=_talk())
+    with _talking():
+        dist.all_gather_object(kinds, (tuple(rows.shape), rows.dtype, places.tolist()), group=_talk())
     (shape, dtype, _), most = next((kind for kind in kinds if kind[0][0]), kinds[0]), max(kind[0][0] for kind in kinds)
     padded = torch.zeros((most, *shape[1:]), dtype=dtype)
     if len(rows):
         padded[: len(rows)] = rows.cpu()
     parts = [torch.empty_like(padded) for _ in kinds] if everywhere or is_first() else None
-    dist.all_gather(parts, padded, group=_talk()) if everywhere else dist.gather(padded, parts, 0, group=_talk())
+    with _talking():
+        dist.all_gather(parts, padded, group=_talk()) if everywhere else dist.gather(padded, parts, 0, group=_talk())
     if parts is None:
         return None
     return _placed([(part[: len(at)], torch.tensor(at, dtype=torch.int64)) for part, (_, _, at) in zip(parts, kinds)], total)
@@ -203,13 +237,15 @@ def all_of(value: T) -> list[T]:
     import torch.distributed as dist
 
     values: list[Any] = [None] * count()
-    dist.all_gather_object(values, value, group=_talk())
+    with _talking():
+        dist.all_gather_object(values, value, group=_talk())
     return values
 
 
 @functools.cache
 def _talk():
-    """The group by which all but gradients travels: from and to the CPU, also where NCCL joins the GPUs. None: the one that there is."""
+    """The group by which all but gradients on accelerators travels: from and to the CPU, also where NCCL joins the GPUs."""
     import torch.distributed as dist
 
-    return None if "gloo" in dist.get_backend() else dist.new_group(backend="gloo", timeout=_PATIENCE)
+    count()  # the processes have met
+    return dist.new_group(backend="gloo", timeout=_PATIENCE)

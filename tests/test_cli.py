@@ -23,6 +23,8 @@ if {str(ROOT)!r} not in comfy_dancegrpo.__path__:
     comfy_dancegrpo.__path__.append({str(ROOT)!r})
 import stand_in_nodes
 sys.modules["comfy_dancegrpo.nodes"] = comfy_dancegrpo.nodes = stand_in_nodes
+from comfy_dancegrpo.trainer import launch
+launch._accelerators = lambda: 0  # counting them takes torch; nothing else here does
 from comfy_dancegrpo.trainer.cli import main
 try:
     main()

@@ -14,7 +14,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from comfy_dancegrpo import __version__
+from comfy_dancegrpo import __version__, processes
 from comfy_dancegrpo.errors import DanceGRPOError, Interrupted, WorkflowError
 
 app = typer.Typer(help="Runs saved ComfyUI graphs that train image and video models by reinforcement.", no_args_is_help=True,
@@ -62,18 +62,20 @@ def run(workflow: Workflow, output: Output = Path("output"), models: Models = No
         return f"; resume with: {resume_command(host, workflow, options)}" if host and host.run_folder else ""
 
     with _reported(debug, resume):
+        from comfy_dancegrpo import processes as together
         from comfy_dancegrpo.workflow.execute import execute
         from comfy_dancegrpo.workflow.host import use
 
-        started = launch.started()
+        count = launch.asked(processes, config)
+        launch.check_started(count)
         host = prepare(workflow, options)
-        if config is not None and started is None:
-            words = launch.accelerate_words(config, [*_said(), "--processes", str(launch.configured(config))])
-            raise typer.Exit(launch.follow(words))
-        if (count := launch.wanted(processes)) > 1:
+        if config is not None and launch.started() is None:
+            raise typer.Exit(launch.accelerate(config, count, _said()))
+        if (count := launch.wanted(count)) > 1:
             raise typer.Exit(launch.launch(count, _said()))
         with use(host), host.running():
             execute(host.prompt, host.registry, extra_pnginfo=host.extra_pnginfo)
+            together.end()
         if host.shows:
             for written in ([host.run_folder] if host.run_folder else []) + list(host.files):
                 print(written)
@@ -282,16 +284,15 @@ def _reported(debug: bool, resume: Callable[[], str] = lambda: "") -> Iterator[N
             raise
         if debug:
             traceback.print_exc()
-        for line in [] if getattr(error, "from_first", False) else _lines(error, resume):
-            print(f"dancegrpo: {_who()}{line}", file=sys.stderr)
+        rank = processes.rank()
+        for line in [] if rank and _told_by_first(error) else _lines(error, resume):
+            print(f"dancegrpo: {f'process {rank}: ' if rank else ''}{line}", file=sys.stderr)
         raise typer.Exit(_status(error)) from None
 
 
-def _who() -> str:
-    """Which process speaks, where it is not the first."""
-    from comfy_dancegrpo import processes
-
-    return "" if processes.is_first() else f"process {processes.rank()}: "
+def _told_by_first(error: BaseException) -> bool:
+    """Whether the first process says it too: where all were told to stop, or have lost another, one line is enough."""
+    return getattr(error, "from_first", False) or isinstance(error, (KeyboardInterrupt, Interrupted, processes.Lost))
 
 
 def _lines(error: BaseException, resume: Callable[[], str]) -> list[str]:

@@ -1,6 +1,6 @@
 """Starts the processes of one run on this machine, watches them, and passes signals on. Many machines: torchrun, accelerate launch.
 
-Each process gets what torchrun would give it. None outlives this one: each holds the end of a pipe that closes with it.
+Each process gets what torchrun would give it. None outlives the launcher that started it, whichever that is.
 """
 
 from __future__ import annotations
@@ -12,68 +12,72 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-from comfy_dancegrpo.errors import WorkflowError
-from comfy_dancegrpo.processes import SIZES
+from comfy_dancegrpo.errors import DanceGRPOError, Interrupted, WorkflowError
+from comfy_dancegrpo.processes import started
 
-HELD = "DANCEGRPO_LAUNCHED"  # set in a process that was started here
+LAUNCHER = "DANCEGRPO_LAUNCHER"  # in a process that was started here: the process id of the one that started it
+_OTHERS = ("TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION")  # by which torchrun and accelerate launch are known
 _KILL = getattr(signal, "SIGKILL", signal.SIGTERM)  # Windows has the latter alone
-GRACE = 8.0  # seconds that the others get to end by themselves when one has failed, and again after they were told to
+_STOPPED = (Interrupted.exit_status, 128 + signal.SIGTERM)
+GRACE = 12.0  # seconds that the others get to end by themselves when one has failed, and again after they were told to
+_LOOK = 0.5  # seconds between two looks whether the launcher is there
 
 
-def started(environment: Mapping[str, str] = os.environ) -> int | None:
-    """How many processes a launcher says that it started, this one among them; None where none says anything."""
-    return next((int(environment[name]) for name in SIZES if environment.get(name, "").isdigit()), None)
+def asked(processes: int | None, config: Path | None) -> int | None:
+    """How many processes the command line asks for, None where it leaves that open. Raises `WorkflowError` where two say different numbers."""
+    if config is None:
+        return processes
+    number = configured(config)
+    if processes not in (None, number):
+        raise WorkflowError(f"--processes: found {processes}, and {config} says num_processes {number}; accepted: one of the two, or the same number")
+    return number
 
 
-def wanted(processes: int | None) -> int:
-    """How many processes to start here: 1 means that this one trains. Raises `WorkflowError` where a launcher started another number."""
+def check_started(number: int | None, what: str = "--processes") -> None:
+    """Raises `WorkflowError` where a launcher started another number of processes than is asked for; to be called before they meet."""
     there = started()
-    if there is not None:
-        if processes is not None and processes != there:
-            raise WorkflowError(f"--processes: found {processes}, and the launcher started {there}; accepted: the same number, or none said")
+    if there is not None and number not in (None, there):
+        raise WorkflowError(f"{what}: found {number}, and the launcher started {there}; accepted: the same number, or none said")
+    if there == 1 and number is None and "WORLD_SIZE" not in os.environ and "MASTER_ADDR" in os.environ:  # which it sets for several
+        raise WorkflowError("accelerate launch was asked for several processes and started this one alone, as it does on CPUs; accepted: torchrun, "
+                            "or --processes 1 to train in one")
+
+
+def wanted(number: int | None) -> int:
+    """How many processes to start here: 1 means that this one trains, as it does under another launcher. Raises `WorkflowError` for too many."""
+    if started() is not None:
         return 1
-    visible = _accelerators()
-    if processes is not None and visible and processes > visible:
-        raise WorkflowError(f"--processes: found {processes}, accepted: up to {visible}, the GPUs that are visible")
-    return processes or max(1, visible)
+    visible = _accelerators() if number != 1 else 1
+    if number is not None and visible and number > visible:
+        raise WorkflowError(f"--processes: found {number}, accepted: up to {visible}, the GPUs that are visible")
+    return number or max(1, visible)
 
 
 def _accelerators() -> int:
     import torch
 
-    if hasattr(torch, "accelerator") and torch.accelerator.is_available():
-        return torch.accelerator.device_count()
+    if os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes", "y", "on", "t"):
+        return 0
+    if hasattr(torch, "accelerator"):
+        return torch.accelerator.device_count() if torch.accelerator.is_available() else 0
     return torch.cuda.device_count()
 
 
 def launch(count: int, words: Sequence[str]) -> int:
     """Runs `dancegrpo` with these words in `count` processes; returns the exit status of the first that failed, or 0.
 
-    When one fails the others are ended. SIGINT and SIGTERM go to every process once each time they come.
+    When one fails the others are ended. SIGINT and SIGTERM go to every process each time they come, and the third time all are killed.
     """
-    held, holding = os.pipe()
-    os.set_inheritable(held, True)
     port, words = _free_port(), [sys.executable, "-m", "comfy_dancegrpo.trainer", *words]
-    children = [subprocess.Popen(words, env=_environment(count, rank, port, held), close_fds=False, start_new_session=True) for rank in range(count)]
-    os.close(held)
-    try:
-        return _followed(children)
-    finally:
-        os.close(holding)
-
-
-def follow(words: Sequence[str]) -> int:
-    """Runs another launcher's command, and passes signals on to it; returns its exit status."""
-    return _followed([subprocess.Popen(words, start_new_session=True)])
-
-
-def _followed(children: list[subprocess.Popen]) -> int:
     told: list[int] = []
     previous = {s: signal.signal(s, lambda signum, frame: told.append(signum)) for s in (signal.SIGINT, signal.SIGTERM)}
+    children: list[subprocess.Popen] = []
     try:
+        for rank in range(count):
+            children.append(subprocess.Popen(words, env=_environment(count, rank, port), start_new_session=True))
         return _watch(children, told)
     finally:
         for signum, handler in previous.items():
@@ -82,31 +86,46 @@ def _followed(children: list[subprocess.Popen]) -> int:
 
 
 def _watch(children: list[subprocess.Popen], told: list[int]) -> int:
-    failed, since = 0, 0.0
+    failed, since, handled, warned = None, 0.0, 0, False
     while any(child.poll() is None for child in children):
-        while told:
-            _end(children, told.pop(0))
-        ended = next((child.returncode for child in children if child.returncode), 0)
-        if ended and not failed:
-            failed, since = ended, time.monotonic()
-        if failed and time.monotonic() > since + GRACE:
-            _end(children, signal.SIGTERM if time.monotonic() < since + 2 * GRACE else _KILL)
-            time.sleep(GRACE / 8)
+        for signum in told[handled:]:
+            handled += 1
+            _end(children, signum if handled < 3 else _KILL)
+        if failed is None and (failed := _first_failed(children, told)) is not None:
+            since = time.monotonic()
+        if failed is not None and time.monotonic() > since + GRACE:
+            if not warned:
+                warned = True
+                _end(children, signal.SIGTERM)
+            elif time.monotonic() > since + 2 * GRACE:
+                _end(children, _KILL)
         time.sleep(0.05)
-    failed = failed or next((child.returncode for child in children if child.returncode), 0)
-    return failed if failed >= 0 else 128 - failed
+    failed = failed or _first_failed(children, told)
+    if failed is None:  # those that were told to stop are no failures
+        return 128 + told[0] if any(child.returncode for child in children) else 0
+    return failed.returncode if failed.returncode > 0 else DanceGRPOError.exit_status
+
+
+def _first_failed(children: list[subprocess.Popen], told: list[int]) -> subprocess.Popen | None:
+    """One that has ended with an error, not because it was told to; one that could not say so itself is told of."""
+    for rank, child in enumerate(children):
+        if child.returncode and not (told and (child.returncode in _STOPPED or child.returncode < 0)):
+            if child.returncode < 0:
+                print(f"dancegrpo: process {rank} was killed by {signal.Signals(-child.returncode).name}", file=sys.stderr, flush=True)
+            return child
+    return None
 
 
 def _end(children: list[subprocess.Popen], signum: int) -> None:
     for child in children:
-        if child.poll() is None:
+        if child.poll() is None and (os.name != "nt" or signum != signal.SIGINT):  # there Ctrl-C has reached all that share the console
             child.send_signal(signum)
 
 
-def _environment(count: int, rank: int, port: int, held: int) -> dict[str, str]:
+def _environment(count: int, rank: int, port: int) -> dict[str, str]:
     threads = {} if "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // count))}
     return {**os.environ, **threads, "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "RANK": str(rank), "LOCAL_RANK": str(rank),
-            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), HELD: str(held)}
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), LAUNCHER: str(os.getpid())}
 
 
 def _free_port() -> int:
@@ -116,34 +135,55 @@ def _free_port() -> int:
 
 
 def end_with_the_launcher() -> None:
-    """In a process that was started here: ends it, at once, when the one that started it is gone."""
-    held = os.environ.pop(HELD, "")
-    if not held.isdigit():
-        return
-
-    def wait() -> None:
-        try:
-            os.read(int(held), 1)  # nothing is ever written: it returns when the other end closes
-        except OSError:
+    """In a process that a launcher started: ends it when that one is gone, killed and so unable to end it."""
+    launcher = os.environ.pop(LAUNCHER, "")
+    if not launcher.isdigit():
+        if not any(name in os.environ for name in _OTHERS):
             return
+        launcher = str(os.getppid())
+
+    def watch() -> None:
+        while not _gone(int(launcher)):
+            time.sleep(_LOOK)
         os._exit(128 + signal.SIGTERM)
 
-    threading.Thread(target=wait, daemon=True).start()
+    threading.Thread(target=watch, daemon=True).start()
 
 
-def accelerate_words(config: Path, words: Sequence[str]) -> list[str]:
-    """The command by which accelerate starts what its configuration file says. Raises `WorkflowError` for a file that is not there."""
-    if not config.is_file():
-        raise WorkflowError(f"--config: found {config}, which is not there; accepted: a file that `accelerate config` wrote")
-    return [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config), "-m", "comfy_dancegrpo.trainer", *words]
+def _gone(parent: int) -> bool:
+    if os.name != "nt":
+        return os.getppid() != parent
+    import psutil  # there a process keeps the number of a parent that is gone; accelerate brings it
+
+    return not psutil.pid_exists(parent)
+
+
+def accelerate(config: Path, count: int, words: Sequence[str]) -> int:
+    """Runs `dancegrpo` with these words as accelerate's configuration file says, and returns the exit status.
+
+    Where the system can, this process becomes accelerate's launcher, and nothing comes back.
+    """
+    words = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--config_file", str(config), "-m", "comfy_dancegrpo.trainer",
+             *words, "--processes", str(count)]
+    if os.name == "nt":
+        return subprocess.run(words).returncode
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.execv(sys.executable, words)
 
 
 def configured(config: Path) -> int:
-    """How many processes accelerate's configuration file asks for. Raises `WorkflowError` for a file that does not say it."""
+    """How many processes accelerate's configuration file asks for. Raises `WorkflowError` for a file that does not say it, or says what it would not do."""
     import yaml
 
+    if not config.is_file():
+        raise WorkflowError(f"--config: found {config}, which is not there; accepted: a file that `accelerate config` wrote")
     try:
-        return int(yaml.safe_load(config.read_text(encoding="utf-8"))["num_processes"])
+        settings = yaml.safe_load(config.read_text(encoding="utf-8"))
+        number = int(settings["num_processes"])
     except (OSError, KeyError, TypeError, ValueError, yaml.YAMLError) as error:
         raise WorkflowError(f"--config: {config} does not say num_processes ({type(error).__name__}); accepted: a file that "
                             "`accelerate config` wrote") from None
+    if settings.get("use_cpu") and number > 1 and not settings.get("mpirun_config"):
+        raise WorkflowError(f"--config: {config} asks for {number} processes on CPUs (use_cpu), of which accelerate would start one; accepted: --processes {number}")
+    return number
