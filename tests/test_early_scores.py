@@ -13,11 +13,13 @@ from loopback import as_json, mine, serving  # noqa: F401
 from safetensors.torch import load_file
 
 from comfy_dancegrpo import nodes, rewards
+from comfy_dancegrpo.addresses import Address
 from comfy_dancegrpo.errors import Interrupted, RunError
 from comfy_dancegrpo.nodes.rewards import linked as linked_rewards
 from comfy_dancegrpo.policies.flux import Flux
-from comfy_dancegrpo.rewards import Reward, early
+from comfy_dancegrpo.rewards import Reward, early, judge, remote
 from comfy_dancegrpo.rewards.early import Early, Linked, Scoring, elsewhere
+from comfy_dancegrpo.rewards.service import Service
 from comfy_dancegrpo.workflow import loop
 from comfy_dancegrpo.workflow.host import Host, host, use
 
@@ -147,6 +149,41 @@ def test_the_host_is_told_by_the_thread_that_executes():
         assert noting.said and set(noting.said) <= {"7 in models", "14 in models"} and noting.loaded == [reward]
         assert noting.threads == {threading.current_thread()}
         assert scoring.begin("7", prompts(14)).of(reward) is None and scoring.begin("5", []).of(reward) is None
+
+
+def test_calls_are_under_way_at_once_as_many_as_are_allowed(serving, mine):
+    three = threading.Barrier(3)
+
+    def together(handler, body):
+        three.wait(30)  # breaks, and the calls with it, where fewer come at once
+        return answer(handler, body)
+
+    server = serving(together)
+    reward = remote.load(Service(Address.parse(server.address), connections=3, retries=0), batch_size=2)
+    found = drawn(PICTURES[:12], [4, 4, 4], reward).of(reward)
+    server.answer = answer
+    assert server.most == 3 and [json.loads(body)["count"] for _, body in server.requests] == [2] * 6
+    assert torch.equal(found, reward(PICTURES[:12], prompts(12)))
+
+
+def test_a_judge_that_knows_no_schema_is_asked_without_one_by_all_threads(serving, mine):
+    four, schemas = threading.Barrier(4), []
+
+    def chat(handler, body):
+        schemas.append("response_format" in json.loads(body))
+        if schemas[-1]:
+            four.wait(30)
+            return as_json({"error": "response_format is unknown"}, 400)
+        return as_json({"choices": [{"message": {"content": str(sum(body) % 11)}}]})
+
+    server = serving(chat)
+    service = Service(Address.parse(server.address), connections=4, retries=0)
+    with use(Noting()) as noting:
+        reward = judge.load(service, "", judge.Question("{prompt}?", 0, 10))
+        found = drawn(PICTURES, [8, 6], reward).of(reward)
+        assert schemas.count(True) == 4 and schemas.count(False) == 14
+        assert 1 <= len(noting.said) <= 4 and all("asked without a schema from now on" in line for line in noting.said)
+        assert torch.equal(found, reward(PICTURES, prompts(14)))
 
 
 def test_what_fails_stops_the_drawing_as_an_error_of_the_score_node():

@@ -129,7 +129,7 @@ class Reward:
 
     frames: of a video that are scored, evenly spread from its first to its last; `frame_score` of them is the video's score.
     device: where it computes ("cuda:1", "cpu"); "" leaves that to the host. waits: of one that another program computes, and that splits what it is
-    given itself, how many samples a call has; else 0. offload: its weights leave the device after each scoring.
+    given itself, how many samples a call has; else 0. at_once: calls of such a one that may be under way. offload: its weights leave the device after each scoring.
     """
 
     name: str
@@ -140,6 +140,7 @@ class Reward:
     whole_videos: bool = False
     device: str = ""
     waits: int = 0
+    at_once: int = 1
     offload: bool = False
 
     @property
@@ -215,6 +216,10 @@ class Reward:
         """After how many samples like this one its batches begin anew: scored in such pieces, numbers are the same bit for bit."""
         frames = 1 if sample.ndim == 3 or self._whole else min(len(sample), self.frames)
         return self.waits or self.batch_size // math.gcd(self.batch_size, frames)
+
+    def calls_at_once(self, count: int) -> int:
+        """To another program, for so many samples; 0 where it computes here."""
+        return min(self.at_once, -(-count // self.waits)) if self.waits else 0
 
     def _batches(self, pictures: Tensor | Sequence[Tensor], prompts: Sequence[str]) -> Tensor:
         import torch

@@ -1,7 +1,7 @@
 """Scores of pictures while the rest of their rollout is still drawn, by rewards that compute elsewhere than the policy does.
 
-A reward is given the very batches that it would be given afterwards, so that its scores are the same bit for bit. It works in a thread: one for each
-reward that waits for another program, and one for all others together. What fails there stops the sampling; what is said there is told by the thread
+A reward is given the very batches that it would be given afterwards, so that its scores are the same bit for bit. It works in threads: one for each
+call that may be under way to another program, and one for all that compute here together. What fails there stops the sampling; what is said there is told by the thread
 that executes.
 """
 
@@ -82,10 +82,11 @@ class Early:
         self._labels = {one.reward: one.label for one in linked}
         self._scores: dict[Reward, concurrent.futures.Future[Tensor]] = {reward: concurrent.futures.Future() for reward in self._labels}
         self._prompts, self._pictures = tuple(prompts), []
+        self._taken, self._parts = dict.fromkeys(self._labels, 0), {reward: {} for reward in self._labels}  # by where they begin
         self._news, self._behind = threading.Condition(), Behind()
-        here = [[reward for reward in self._labels if not reward.waits]]
-        self._threads = [threading.Thread(target=self._behind.run, args=(self._work, rewards, _cuda_device()), daemon=True)
-                         for rewards in (*here, *([reward] for reward in self._labels if reward.waits)) if rewards]
+        here = [reward for reward in self._labels if not reward.waits]
+        shares = [here] * bool(here) + [[reward] for reward in self._labels for _ in range(reward.calls_at_once(len(prompts)))]
+        self._threads = [threading.Thread(target=self._behind.run, args=(self._work, rewards, _cuda_device()), daemon=True) for rewards in shares]
         for thread in self._threads:
             thread.start()
 
@@ -125,7 +126,7 @@ class Early:
         return future.result()
 
     def stop(self) -> None:
-        """Ends the threads, the one that is in the middle of a batch after it."""
+        """Ends the threads, one that is in the middle of a batch after it."""
         self._behind.stop()
         with self._news:
             self._news.notify_all()
@@ -136,38 +137,54 @@ class Early:
     def _work(self, rewards: Sequence[Reward], cuda_device: int | None) -> None:
         import torch
 
-        found: dict[Reward, list[Tensor]] = {reward: [] for reward in rewards}
         if cuda_device is not None:  # each thread has a current device of its own
             torch.cuda.set_device(cuda_device)
-        with processes.outside_inference_mode():
-            while found:
-                try:
-                    ready = self._wait({reward: sum(map(len, values)) for reward, values in found.items()})
-                except BaseException as error:
-                    for reward in found:
-                        self._scores[reward].set_exception(error)
-                    return
-                for reward, (start, end) in ready.items():
-                    try:
-                        found[reward].append(reward(torch.stack(self._pictures[start:end]), self._prompts[start:end]))
-                    except BaseException as error:  # the thread that executes raises it
-                        del found[reward]
-                        self._scores[reward].set_exception(error)
-                    else:
-                        if end == len(self._prompts):
-                            self._scores[reward].set_result(torch.cat(found.pop(reward)))
+        reward = None
+        try:
+            with processes.outside_inference_mode():
+                while (piece := self._next(rewards)) is not None:
+                    reward, start, end = piece
+                    self._found(reward, start, reward(torch.stack(self._pictures[start:end]), self._prompts[start:end]))
+                    reward = None
+        except BaseException as error:  # the thread that executes raises it
+            stopped = reward is None or isinstance(error, Interrupted)
+            self._failed(rewards if stopped else [reward], error)
+            if not stopped:
+                self._work(rewards, None)  # with the others
 
-    def _wait(self, scored: Mapping[Reward, int]) -> dict[Reward, tuple[int, int]]:
-        """Of those that may score more, from which sample to which. Raises `Interrupted` where nobody waits for them."""
-        while True:
-            with self._news:
-                drawn = len(self._pictures)
-                ends = {reward: drawn if drawn == len(self._prompts) else drawn - drawn % reward.piece(self._pictures[0]) for reward in scored} if drawn else {}
-                ready = {reward: (scored[reward], end) for reward, end in ends.items() if end > scored[reward]}
+    def _next(self, rewards: Sequence[Reward]) -> tuple[Reward, int, int] | None:
+        """From which sample to which one of them is to score; None when all are taken. Raises `Interrupted` where nobody waits for the scores."""
+        total = len(self._prompts)
+        with self._news:
+            while True:
                 host().check_interrupt()
-                if ready:
-                    return ready
+                left = [reward for reward in rewards if self._taken[reward] < total]
+                if not left:
+                    return None
+                drawn = len(self._pictures)
+                for reward in left if drawn else ():
+                    start = self._taken[reward]
+                    end = start + reward.piece(self._pictures[0])
+                    if end <= drawn or drawn == total:
+                        self._taken[reward] = min(end, total)
+                        return reward, start, self._taken[reward]
                 self._news.wait()
+
+    def _found(self, reward: Reward, start: int, values: Tensor) -> None:
+        import torch
+
+        with self._news:
+            parts = self._parts[reward]
+            parts[start] = values
+            if sum(map(len, parts.values())) == len(self._prompts) and not self._scores[reward].done():
+                self._scores[reward].set_result(torch.cat([parts[start] for start in sorted(parts)]))
+
+    def _failed(self, rewards: Sequence[Reward], error: BaseException) -> None:
+        with self._news:
+            for reward in rewards:
+                self._taken[reward] = len(self._prompts)
+                if not self._scores[reward].done():
+                    self._scores[reward].set_exception(error)
 
 
 def _cuda_device() -> int | None:

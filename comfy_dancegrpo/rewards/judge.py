@@ -75,7 +75,7 @@ class Question:
 
 def load(service: Service, model: str, question: Question, name: str = "judge") -> Reward:
     """service: of the whole address, `…/chat/completions`. model: as the server names it, "" where it has one alone."""
-    return Reward(name, Judge(service, model, question), batch_size=sys.maxsize, whole_videos=True, waits=1)
+    return Reward(name, Judge(service, model, question), batch_size=sys.maxsize, whole_videos=True, waits=1, at_once=service.connections)
 
 
 class Judge:
@@ -86,18 +86,20 @@ class Judge:
         self._request = {**({"model": model} if model else {}), "temperature": 0, "response_format": question.schema}
 
     def __call__(self, videos: Sequence[Tensor], prompts: Sequence[str]) -> Tensor:
+        request = self._request  # another thread may change it meanwhile
         try:
-            return self._scores(videos, prompts)
+            return self._scores(request, videos, prompts)
         except CallFailed as error:
-            if "response_format" in self._request and error.status in _NO_SCHEMA:
-                host().say(f"{error}; it is asked without a schema from now on, and one number is read from its answers")
-                del self._request["response_format"]
+            if "response_format" in request and error.status in _NO_SCHEMA:
+                if self._request is request:
+                    self._request = {name: value for name, value in request.items() if name != "response_format"}
+                    host().say(f"{error}; it is asked without a schema from now on, and one number is read from its answers")
                 return self(videos, prompts)
             at = slice(error.index, error.index + 1)
             raise RewardFault(str(error), Given(as_pictures(videos[at]), prompts[at], error.answer)) from None
 
-    def _scores(self, videos: Sequence[Tensor], prompts: Sequence[str]) -> Tensor:
-        bodies = [lambda v=v, prompt=prompt: {**self._request, "messages": [{"role": "user", "content": self._question.content(v, prompt)}]}
+    def _scores(self, request: dict[str, Any], videos: Sequence[Tensor], prompts: Sequence[str]) -> Tensor:
+        bodies = [lambda v=v, prompt=prompt: {**request, "messages": [{"role": "user", "content": self._question.content(v, prompt)}]}
                   for v, prompt in zip(videos, prompts)]
         return torch.tensor(self._service.post_all(bodies, lambda _, answer: self._question.score(answer)), dtype=torch.float32)
 

@@ -26,7 +26,8 @@ PROTOCOL, VERSION = "dancegrpo-reward", 1
 
 def load(service: Service, reward: str = "", batch_size: int = 8, fps: float = FPS) -> Reward:
     """The reward of that name of the server, "" for the one that it has. batch_size: samples in a call. fps: of the MP4 files."""
-    return Reward(reward or "remote", RemoteReward(service, reward, batch_size, fps), batch_size=sys.maxsize, whole_videos=True, waits=batch_size)
+    function = RemoteReward(service, reward, batch_size, fps)
+    return Reward(reward or "remote", function, batch_size=sys.maxsize, whole_videos=True, waits=batch_size, at_once=service.connections)
 
 
 class RemoteReward:
