@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from .workflow.host import inside
+
 _NAME = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:/(.+))?")
 
 
@@ -18,7 +20,10 @@ def folder() -> Path | None:
 
 
 def cached(name: str) -> Path | None:
-    """The folder of a hub id ("org/name"), or a file in it ("org/name/file"), in the snapshot that its main branch was at when it was downloaded."""
+    """The folder of a hub id ("org/name"), or a file in it ("org/name/file"), in the snapshot that its main branch was at when it was downloaded.
+
+    A name that leaves the snapshot is never found.
+    """
     cache, parts = folder(), _NAME.fullmatch(name)
     if cache is None or parts is None or ".." in name:
         return None
@@ -27,8 +32,8 @@ def cached(name: str) -> Path | None:
         snapshot = repository / "snapshots" / (repository / "refs" / "main").read_text(encoding="utf-8").strip()
     except OSError:
         return None
-    path = snapshot / (parts[2] or "")
-    return path if path.exists() else None
+    path = inside(snapshot, parts[2]) if parts[2] else snapshot
+    return path if path and path.exists() else None
 
 
 def names(having: str) -> list[str]:

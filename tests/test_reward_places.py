@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from comfy_dancegrpo import rewards
+from comfy_dancegrpo import hub, rewards
 from comfy_dancegrpo.errors import RunError
 from comfy_dancegrpo.rewards import Deferred, Kind, Reward
 from comfy_dancegrpo.workflow.host import Host, use
@@ -48,6 +48,17 @@ def test_a_file_and_a_base_in_the_cache_of_hub_ids(models):
     weights.touch()
     base = cache(models, "someone/base-model", "clip")
     assert rewards.source("tuned", TUNED, "someone/tuned/tuned.pt") == rewards.Source(weights, base)
+
+
+@pytest.mark.parametrize("name", ["someone/tuned/{outside}", "someone/tuned/../../../outside.pt", "someone/..", "../tuned", "someone/tuned/C:/outside.pt",
+                                  "someone/tuned/..\\outside.pt"])
+def test_a_name_never_leaves_the_cache(models, name):
+    snapshot = cache(models, "someone/tuned", "clip")
+    for outside in (snapshot.parents[2] / "outside.pt", snapshot / "C:/outside.pt", snapshot / "..\\outside.pt"):  # as some system would read them
+        outside.parent.mkdir(exist_ok=True)
+        outside.touch()
+    assert hub.cached("someone/tuned/config.json") == snapshot / "config.json"
+    assert hub.cached(name.format(outside=snapshot.parents[2] / "outside.pt")) is None
 
 
 def test_another_base_of_the_users_choice(models):
