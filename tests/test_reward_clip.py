@@ -13,6 +13,7 @@ import tiny
 import torch
 from comfy_dancegrpo import rewards
 from comfy_dancegrpo.errors import RunError
+from comfy_dancegrpo.rewards.weights import read
 from comfy_dancegrpo.workflow.host import Host, use
 from PIL import Image
 from transformers import CLIPConfig, CLIPModel
@@ -213,6 +214,17 @@ def test_a_file_that_is_no_hps_is_one_line(models, name, fault, capsys):
         rewards.load("hps_v2", file.name).loaded
     assert fault in str(error.value) and str(file) in str(error.value) and "\n" not in str(error.value)
     assert "unpickled" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["of today", "of before 1.6"])
+def test_a_damaged_file_is_one_line_wherever_it_is_damaged(tmp_path, zipped):
+    file = tmp_path / "weights.pt"
+    torch.save({"state_dict": {"a": torch.ones(3, 4), "b": torch.ones(5)}}, file, _use_new_zipfile_serialization=zipped)
+    whole, draw = file.read_bytes(), np.random.default_rng(0)
+    for cut in draw.integers(1, len(whole) - 1, 200):
+        file.write_bytes(whole[:cut])
+        with pytest.raises(RunError, match="cannot be read as weights|found no weights in it"):
+            read(file)
 
 
 @pytest.mark.parametrize("fault, line", {
