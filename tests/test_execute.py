@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from comfy_dancegrpo import processes
 from comfy_dancegrpo.errors import DanceGRPOError, Interrupted, RunError, WorkflowError
 from comfy_dancegrpo.workflow import calls
 from comfy_dancegrpo.workflow.execute import Executor, execute
@@ -120,6 +121,12 @@ def test_lists_are_mapped_and_the_short_one_repeats_its_last(host):
                    g=("Gather", {"x": ["c", 0]}), s1=("Show", {"x": ["c", 0]}), s2=("Show", {"x": ["g", 0]}))
     execute(graph, REGISTRY)
     assert shown(host) == [11, 22, 23, (11, 22, 23)]
+
+
+def test_a_list_that_another_process_has_made_and_no_one_here_reads(host, monkeypatch):
+    monkeypatch.setattr(processes, "on_first", lambda make, told=True: make() if told else None)  # as in all processes but the first
+    execute(prompt(a=("Spread", {"x": (1, 2, 3)}), c=("Add", {"x": ["a", 0]}), s=("Show", {"x": ["c", 0]})), REGISTRY)
+    assert host.started == []
 
 
 def test_an_empty_list_is_named(host):

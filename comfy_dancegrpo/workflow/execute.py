@@ -193,7 +193,7 @@ class _Run:
         returned = run(lambda: self._invoke(node_id, spec, calls.bind(spec, instance, spec.cls.FUNCTION, hidden), inputs),
                        told=spec.may_expand(self.graph.get_node(node_id)) or self._read_everywhere(node_id))
         if returned is None:  # a process that has no use for it
-            returned = [calls.Returned((None,) * spec.n_outputs, {})]
+            returned = [calls.Returned(tuple([None] if is_list else None for is_list in spec.output_is_list), {})]
         if any(r.expand is not None for r in returned):
             self._graft(node_id, returned)
             return None
