@@ -10,7 +10,7 @@ from comfy_dancegrpo.grpo.advantages import combine
 from comfy_dancegrpo.grpo.learner import Learner, OptimizerSettings
 from comfy_dancegrpo.grpo.protocol import Column, SamplingPlan, Scores, Size
 from comfy_dancegrpo.grpo.rollout import Request, sample
-from comfy_dancegrpo.grpo.update import UpdateSettings, update
+from comfy_dancegrpo.grpo.update import UpdateSettings, _sum_gradients, update
 from comfy_dancegrpo.lora.adapter import Adapter, LoraSettings
 from comfy_dancegrpo.runs.prompt_cache import encode
 
@@ -98,3 +98,26 @@ def test_a_gradient_that_is_left_out_would_be_noticed(alone, tmp_path):
     off = distance(found["gradient"], alone["gradient"]), distance(found["lora"], alone["lora"])
     print(f"one process's gradient left out: gradient off by {off[0]:.1e}, LoRA by {off[1]:.1e}")
     assert off[0] > 1e-4 and off[1] > 1e-2
+
+
+def sparse():
+    """Parameters of which every process, the last alone, or none has a gradient, before and after a step with momentum."""
+    parameters = {name: torch.nn.Parameter(torch.ones(2)) for name in ("every", "last", "none")}
+    learner = Learner(None, parameters, OptimizerSettings(0.1, weight_decay=0.1), "run")
+    for p in parameters.values():  # of a former step: momentum moves whatever has a gradient, were it zero
+        p.grad = torch.ones(2)
+    learner.optimizer_step()
+    before = {name: p.detach().clone() for name, p in parameters.items()}
+    for name in ("every", *["last"] * (processes.rank() == processes.count() - 1)):
+        parameters[name].grad = torch.full((2,), processes.rank() + 1.0)
+    _sum_gradients(learner)
+    found = {name: None if p.grad is None else p.grad.clone() for name, p in parameters.items()}
+    learner.optimizer_step()
+    return found, {name for name, p in parameters.items() if not torch.equal(p, before[name])}
+
+
+def test_what_no_process_has_a_gradient_of_stays_as_it_is(tmp_path):
+    for count, totals in ((1, (1.0, 1.0)), (2, (3.0, 2.0))):
+        for found, moved in in_processes(count, sparse, tmp_path):
+            assert [found[name].tolist() for name in ("every", "last")] == [[total] * 2 for total in totals] and found["none"] is None
+            assert moved == {"every", "last"}

@@ -1,11 +1,15 @@
 """What processes tell each other, tried with one, two and three of them on gloo."""
 
+import pickle
+import signal
+
 import pytest
 import torch
 from spmd import in_processes
 
 from comfy_dancegrpo import processes
 from comfy_dancegrpo.errors import DanceGRPOError, RunError, WorkflowError
+from comfy_dancegrpo.trainer.console import StoppedAtOnce
 
 
 def collectives():
@@ -55,6 +59,11 @@ def test_collectives(count, tmp_path):
         assert run == ("RunError", 'node 3 "Score": no reward', None) and workflow == ("WorkflowError", "one\ntwo", ["one", "two"])
         assert other == (("ValueError", "a\nb", None) if found["rank"] == 0 else ("RunError", "ValueError: a b", None))
         assert key[0] == "KeyboardInterrupt"
+
+
+def test_what_stops_the_program_can_be_told_to_other_processes():
+    told = pickle.loads(pickle.dumps(StoppedAtOnce(signal.SIGTERM)))
+    assert isinstance(told, StoppedAtOnce) and told.exit_status == 143
 
 
 def test_an_error_that_came_from_the_first_process_is_of_this_library():

@@ -20,7 +20,7 @@ class StoppedAtOnce(KeyboardInterrupt):
     """A second signal; `exit_status` tells which."""
 
     def __init__(self, signum: int):
-        super().__init__()
+        super().__init__(signum)  # kept among its arguments, it can be sent to other processes
         self.exit_status = 128 + signum
 
 

@@ -130,12 +130,19 @@ def update(learner: Learner, advantages: Advantages, settings: UpdateSettings,
 
 
 def _sum_gradients(learner: Learner) -> None:
-    """Over all processes; one that had no pair in this step has no gradient of its own."""
+    """Over all processes; one that had no pair in this step has no gradient of its own.
+
+    A parameter that no process has a gradient of (the expert whose noise levels no pair has) keeps none: the optimizer leaves it alone, as with one process.
+    """
     if processes.count() > 1:
-        for p in learner.parameters.values():
+        parameters = list(learner.parameters.values())
+        having = torch.tensor([p.grad is not None for p in parameters], dtype=torch.int32)
+        processes.sum_over_all([having])
+        parameters = [p for p, anywhere in zip(parameters, having.tolist()) if anywhere]
+        for p in parameters:
             if p.grad is None:
                 p.grad = torch.zeros_like(p)
-        processes.sum_over_all([p.grad for p in learner.parameters.values()])
+        processes.sum_over_all([p.grad for p in parameters])
 
 
 def _of_all(parts: list[Tensor]) -> Tensor:
