@@ -84,13 +84,22 @@ def padded(picture, side=open_clip.SIDE):
     return canvas
 
 
-def cropped(picture, side=open_clip.SIDE):
-    """CLIP's: the shorter side to `side` by Pillow's bicubic filter in 8 bits, the middle cut out."""
+def cropped(picture, middle, side=open_clip.SIDE):
+    """CLIP's: the shorter side to `side` by Pillow's bicubic filter in 8 bits, the middle cut out; `middle` places it, of how much is left over."""
     image = saved(picture)
     short = min(image.size)
     image = image.resize(tuple(int(side * n / short) for n in image.size), Image.Resampling.BICUBIC)
-    left, top = ((n - side) // 2 for n in image.size)
+    left, top = (middle(n - side) for n in image.size)
     return np.asarray(image.crop((left, top, left + side, top + side))) / 255
+
+
+def torchvision(left_over):
+    """As its CenterCrop rounds, in the code of OpenAI's CLIP and of OpenCLIP."""
+    return int(round(left_over / 2.0))
+
+
+def transformers(left_over):
+    return left_over // 2
 
 
 def same_in_any_batch(name, model, **options):
@@ -115,7 +124,7 @@ def test_clip_score_of_an_open_clip_checkpoint(models):
     base_folder(models / LAION)
     torch.save({f"module.{name}": value for name, value in stored().items()}, models / "open_clip_pytorch_model.bin")
     found = same_in_any_batch("clip_score", "open_clip_pytorch_model.bin")
-    pixels = normalised([cropped(p) for p in PICTURES])
+    pixels = normalised([cropped(p, torchvision) for p in PICTURES])
     expected = (open_clip.encode_image(stored(), pixels) * open_clip.encode_text(stored(), ids(PROMPTS))).sum(-1)
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
     assert np.ptp(expected) > 0.01
@@ -136,7 +145,7 @@ def test_pickscore(models):
     model = clip_folder(models / "PickScore_v1")
     found = same_in_any_batch("pickscore", "PickScore_v1")
     with torch.no_grad():
-        pixels = torch.from_numpy(normalised([cropped(p) for p in PICTURES]))
+        pixels = torch.from_numpy(normalised([cropped(p, transformers) for p in PICTURES]))
         expected = model(input_ids=torch.tensor(ids(PROMPTS, clean=False)), pixel_values=pixels).logits_per_image.diagonal()
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * 100)  # of cosines times 100
     assert np.ptp(expected.numpy()) > 1
@@ -164,7 +173,7 @@ def test_aesthetic(models):
     torch.save(layers(open_clip.DIM), models / "sac+logos+ava1-l14-linearMSE.pth")
     found = same_in_any_batch("aesthetic", "sac+logos+ava1-l14-linearMSE.pth")
     with torch.no_grad():
-        seen = model.vision_model(pixel_values=torch.from_numpy(normalised([cropped(p) for p in PICTURES]))).pooler_output
+        seen = model.vision_model(pixel_values=torch.from_numpy(normalised([cropped(p, torchvision) for p in PICTURES]))).pooler_output
     x = seen.numpy() @ model.visual_projection.weight.detach().numpy().T
     x = x / np.linalg.norm(x, axis=1, keepdims=True)
     weights = {name: value.double().numpy() for name, value in layers(open_clip.DIM).items()}

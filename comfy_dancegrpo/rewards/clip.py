@@ -16,6 +16,7 @@ from transformers import CLIPModel, CLIPTokenizerFast
 
 from ..errors import RunError
 from ..pixels import to_bytes
+from .preprocessing import cropped
 
 try:  # without torchvision, newer transformers has the Pillow processor under this name; older ones had no other
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil as CLIPImageProcessor
@@ -73,13 +74,17 @@ def tokenizer(folder: Path):
         raise _unfit(folder, error) from None
 
 
-def processor(folder: Path) -> Callable[[Sequence[np.ndarray]], Tensor]:
-    """The folder's own preprocessing, in Pillow: OpenAI's is bicubic to the shorter side, the middle cut out, mean and deviation taken off."""
+def processor(folder: Path, of_transformers: bool = True) -> Callable[[Sequence[np.ndarray]], Tensor]:
+    """The folder's own preprocessing, in Pillow: OpenAI's is bicubic to the shorter side, the middle cut out, mean and deviation taken off.
+
+    of_transformers: with the roundings of transformers, for what was published on it; else those of OpenAI's and OpenCLIP's own code.
+    """
     try:
         process = CLIPImageProcessor.from_pretrained(folder, local_files_only=True)
     except _FAULTS as error:
         raise _unfit(folder, error) from None
-    return lambda pictures: process(list(pictures), return_tensors="pt", input_data_format="channels_last").pixel_values
+    cut = (lambda picture: picture) if of_transformers else (lambda picture: cropped(picture, process.crop_size["height"]))
+    return lambda pictures: process([cut(picture) for picture in pictures], return_tensors="pt", input_data_format="channels_last").pixel_values
 
 
 def clean(prompt: str) -> str:

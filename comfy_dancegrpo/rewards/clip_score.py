@@ -16,5 +16,5 @@ def load(source: Source) -> clip.Clip:
         folder = source.base or source.model
         reward = clip.Clip(clip.model(source.model), clip.tokenizer(folder), clip.processor(folder))
     else:
-        reward = clip.Clip(open_clip.load(source.model, source.base), clip.tokenizer(source.base), clip.processor(source.base), clip.clean)
+        reward = clip.Clip(open_clip.load(source.model, source.base), clip.tokenizer(source.base), clip.processor(source.base, False), clip.clean)
     return reward.requires_grad_(False).eval()

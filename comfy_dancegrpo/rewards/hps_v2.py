@@ -14,10 +14,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from . import clip, open_clip
 from .base import Source
+from .preprocessing import normalised
 
 
 def load(source: Source) -> clip.Clip:
@@ -41,5 +41,4 @@ def preprocessed(pictures: Sequence[np.ndarray], size: int) -> Tensor:
             pixels = F.interpolate(pixels[None], (height, width), mode="bicubic", align_corners=False, antialias=True)[0]
         above, left = (size - height) // 2, (size - width) // 2
         squares.append(F.pad(pixels, (left, size - width - left, above, size - height - above)))
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD))
-    return (torch.stack(squares) - mean) / std
+    return normalised(torch.stack(squares))

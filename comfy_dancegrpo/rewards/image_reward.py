@@ -11,15 +11,14 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from transformers import BertTokenizerFast, BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
-from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from ..pixels import to_bytes
 from . import weights
 from .aesthetic import Layers  # the head has their widths and names, of whose code it was made
 from .base import Source
+from .preprocessing import cropped, normalised
 
 SIDE, LENGTH, HEAD = 224, 35, 64  # pixels, tokens, width of an attention head
 MEAN, STD = 0.16717362830052426, 1.0333394966054072
@@ -56,20 +55,9 @@ class ImageReward(torch.nn.Module):
 
 
 def preprocessed(pictures: Tensor | Sequence[Tensor]) -> Tensor:
-    """[H, W, 3] in 0..1 each, to [N, 3, 224, 224] float32: in 8 bits, the shorter side resized to 224, the middle square.
-
-    With the roundings of torchvision's Resize and CenterCrop, which differ by a pixel from those of transformers' processors.
-    """
-    pixels = torch.from_numpy(np.stack([_square(Image.fromarray(to_bytes(picture))) for picture in pictures]))
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD))
-    return (pixels.permute(0, 3, 1, 2).float() / 255 - mean) / std
-
-
-def _square(picture: Image.Image) -> np.ndarray:
-    short = min(picture.size)
-    width, height = (int(SIDE * side / short) for side in picture.size)
-    left, top = round((width - SIDE) / 2), round((height - SIDE) / 2)
-    return np.asarray(picture.resize((width, height), Image.Resampling.BICUBIC).crop((left, top, left + SIDE, top + SIDE)))
+    """[H, W, 3] in 0..1 each, taken in 8 bits, to [N, 3, 224, 224] float32."""
+    pixels = torch.from_numpy(np.stack([cropped(to_bytes(picture), SIDE) for picture in pictures]))
+    return normalised(pixels.permute(0, 3, 1, 2).float() / 255)
 
 
 def _vision_config(tensors: dict[str, Tensor]) -> BlipVisionConfig:

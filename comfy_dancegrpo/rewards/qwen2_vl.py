@@ -17,7 +17,6 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 from transformers import AutoTokenizer, Qwen2VLConfig
-from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VisionTransformerPretrainedModel
 
 try:
@@ -28,6 +27,7 @@ except ImportError:  # before 4.52 the language model alone had this name
 from ..errors import RunError
 from ..pixels import to_bytes
 from . import weights
+from .preprocessing import normalised
 
 PATCH, MERGE, TIME = 14, 2, 2  # pixels of a patch's side; patches of a token's side; frames of a patch
 BLOCK = PATCH * MERGE
@@ -66,8 +66,7 @@ def patches(frames: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
 
     Two frames make a patch; a last one without its second is taken twice.
     """
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD))
-    pixels = (frames / 255 - mean) / std
+    pixels = normalised(frames / 255)
     pixels = torch.cat([pixels, pixels[-1:]]) if len(pixels) % TIME else pixels
     t, rows, columns = len(pixels) // TIME, pixels.shape[2] // PATCH, pixels.shape[3] // PATCH
     pixels = pixels.reshape(t, TIME, 3, rows // MERGE, MERGE, PATCH, columns // MERGE, MERGE, PATCH).permute(0, 3, 6, 4, 7, 2, 1, 5, 8)
