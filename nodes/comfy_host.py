@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import logging
 import weakref
@@ -86,10 +87,11 @@ class ComfyHost(host.Host):
         return comfy.model_management.get_torch_device()
 
     def load(self, model: Any) -> None:
-        if not model.modules:  # a reward that only measures
-            return
         if model not in self._patchers:
-            self._patchers[model] = WholePatcher.of(model)
+            modules = torch.nn.ModuleList(model.modules)
+            if (first := next(itertools.chain(modules.parameters(), modules.buffers()), None)) is None:
+                return  # a reward that only measures
+            self._patchers[model] = WholePatcher.of(model, modules, first.device)
         comfy.model_management.load_models_gpu([self._patchers[model]], force_full_load=True)
 
     def unload(self, model: Any) -> None:
@@ -187,9 +189,9 @@ class WholePatcher(comfy.model_patcher.ModelPatcher):
     """
 
     @classmethod
-    def of(cls, model: Any) -> WholePatcher:
-        modules = torch.nn.ModuleList(model.modules)
-        modules.device = next(modules.parameters()).device
+    def of(cls, model: Any, modules: torch.nn.ModuleList, device: torch.device) -> WholePatcher:
+        """modules: of `model`, now on `device`."""
+        modules.device = device
         patcher = cls(modules, comfy.model_management.get_torch_device(), comfy.model_management.unet_offload_device())
         patcher.move = weakref.WeakMethod(model.to)
         return patcher

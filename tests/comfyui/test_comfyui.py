@@ -190,10 +190,11 @@ def test_a_node_that_evicts_all_models_changes_nothing(comfyui, named):
     equal(comfyui.output / name / f"lora/{name}.safetensors", comfyui.output / f"{name}_evicted" / f"lora/{name}_evicted.safetensors")
 
 
-def test_a_reward_leaves_the_device_when_comfyui_makes_room(comfyui):
-    messages = comfyui.run({"1": {"class_type": "TestAway", "inputs": {}}})
+@pytest.mark.parametrize("tensors, devices", [("parameters", ["cpu", "meta"]), ("buffers", ["cpu", "meta"]), ("none", [])])
+def test_a_reward_leaves_the_device_when_comfyui_makes_room(comfyui, tensors, devices):
+    messages = comfyui.run({"1": {"class_type": "TestAway", "inputs": {"tensors": tensors}}})
     assert ended(messages) == "execution_success"
-    assert of(messages, "executed")[0]["output"] == {"devices": ["cpu", "meta"], "left": [0]}
+    assert of(messages, "executed")[0]["output"] == {"devices": devices, "left": [0]}
 
 
 def test_a_fault_in_the_body_is_one_line_that_names_its_node(comfyui, named):

@@ -79,28 +79,34 @@ class Evict:
 
 
 class Away:
-    """V1: whether a reward leaves its device when ComfyUI makes room; on the CPU alone there is no other, so it is sent to "meta"."""
+    """V1: whether a reward leaves its device when ComfyUI makes room; on the CPU alone there is no other, so it is sent to "meta".
+
+    Its tensors are parameters, buffers as in docs/your_own_reward.md, or it has none, and ComfyUI has nothing to move.
+    """
 
     RETURN_TYPES, FUNCTION, CATEGORY, OUTPUT_NODE = (), "look", "test", True
 
     @classmethod
     def INPUT_TYPES(cls):
-        return {"required": {}}
+        return {"required": {"tensors": (["parameters", "buffers", "none"],)}}
 
-    def look(self):
+    def look(self, tensors):
         from comfy_dancegrpo.rewards import Reward
 
         with torch.inference_mode(False):
-            weights = torch.nn.Linear(3, 1)
+            weights = torch.nn.Linear(3, 1) if tensors == "parameters" else torch.nn.Module()
+            if tensors == "buffers":
+                weights.register_buffer("weight", torch.zeros(3))
         weights.forward = lambda pictures, prompts: pictures[:, 0, 0, 0]
         reward = Reward("weights", weights)
         reward(torch.zeros(2, 1, 1, 3), ["a", "b"])
-        before = str(weights.weight.device)
         known = comfy.model_management.current_loaded_models
-        patcher, = (m.model for m in known if type(m.model).__name__ == "WholePatcher" and weights in m.model.model.modules())
-        patcher.offload_device = torch.device("meta")
+        found = [m.model for m in known if type(m.model).__name__ == "WholePatcher" and weights in m.model.model.modules()]
+        devices = [str(weights.weight.device)] if tensors != "none" else []
+        for patcher in found:
+            patcher.offload_device = torch.device("meta")
         comfy.model_management.unload_all_models()
-        return {"ui": {"devices": [before, str(weights.weight.device)], "left": [len(known)]}}
+        return {"ui": {"devices": [*devices, *(str(weights.weight.device) for _ in found)], "left": [len(known)]}}
 
 
 def watch():
