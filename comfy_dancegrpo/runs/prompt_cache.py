@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import platform
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -110,7 +111,7 @@ class PromptCache:
             return
         tensors = {name: value.contiguous() for name, value in self._memory[prompt, size].tensors.items()}
         try:
-            with replacing(self._path(prompt, size), f".{os.getpid()}") as beside:  # another process may write the same prompt
+            with replacing(self._path(prompt, size), f".{platform.node()}-{os.getpid()}") as beside:  # another process, of another machine too, may write the same prompt
                 save_file(tensors, beside, metadata={"sha256": _digest(tensors)})
         except (SafetensorError, OSError) as error:  # a full disk; or, on Windows, another process reads the file
             host().say(f"an encoded prompt could not be kept in {self._folder}: {' '.join(str(error).split())}")
