@@ -8,7 +8,7 @@ import torch
 from spmd import in_processes
 
 from comfy_dancegrpo import processes
-from comfy_dancegrpo.errors import DanceGRPOError, RunError, WorkflowError
+from comfy_dancegrpo.errors import RunError, WorkflowError
 from comfy_dancegrpo.trainer.console import StoppedAtOnce
 
 
@@ -64,9 +64,3 @@ def test_collectives(count, tmp_path):
 def test_what_stops_the_program_can_be_told_to_other_processes():
     told = pickle.loads(pickle.dumps(StoppedAtOnce(signal.SIGTERM)))
     assert isinstance(told, StoppedAtOnce) and told.exit_status == 143
-
-
-def test_an_error_that_came_from_the_first_process_is_of_this_library():
-    assert issubclass(RunError, DanceGRPOError)
-    with pytest.raises(ValueError):
-        processes.on_first(lambda: int("x"))

@@ -176,8 +176,6 @@ def _as_they_are(marked: dict[str, tuple[Tensor, Tensor]], names: list[str], fam
 
 
 def _by_layout(marked: dict[str, tuple[Tensor, Tensor]], names: list[str], family: Family) -> dict[str, Tensor] | None:
-    from .layouts import reader
-
     if not family.read_by:
         return None
     try:
