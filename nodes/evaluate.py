@@ -36,7 +36,7 @@ class Evaluate:
     def evaluate(self, policy, lora, prompts, reward, steps, shift, guidance_scale, width, height, noise_seed, samples_per_prompt,
                  batch_size, grid_columns, grid_rows, reward_2=None, reward_3=None, frames=1, unique_id="",
                  prompt=None):
-        from comfy_dancegrpo.runs import evaluate, pictures
+        from comfy_dancegrpo.runs import evaluate, history, pictures, report
         from comfy_dancegrpo.runs.folder import RunFolder
 
         tell_of_seen("Evaluate", prompts, lora.prompts)
@@ -47,11 +47,13 @@ class Evaluate:
         host().say(f"Evaluate: the base, and with the {lora.kind}{' (moving average)' if lora.averaged else ''} after {lora.iterations} iterations")
         for comparison in found.comparisons:
             host().say(comparison.line())
-        report, gain = "\n".join(c.line() for c in found.comparisons), found.comparisons[0].summary()["gain"]
+        figures, gain = "\n".join(c.line() for c in found.comparisons), found.comparisons[0].summary()["gain"]
         if not processes.is_first():
-            return None, gain, report
+            return None, gain, figures
         if lora.folder is not None:  # one that was loaded from a file is of no run here
             RunFolder(lora.folder).add_evaluations(
                 str(unique_id), {comparison.reward: comparison.summary() for comparison in found.comparisons}, prompt or {})
+            history.keep_pairs(RunFolder(lora.folder), str(unique_id), found)
+            report.leave(lora.folder)
         grid = pictures.before_after(found, grid_columns, grid_rows)
-        return {"ui": {"text": [report]}, "result": (pictures.to_tensor(grid), gain, report)}
+        return {"ui": {"text": [figures]}, "result": (pictures.to_tensor(grid), gain, figures)}

@@ -33,6 +33,7 @@ Iterations = Annotated[Optional[int], typer.Option(help="How many iterations the
 Seed = Annotated[Optional[int], typer.Option(help="The run's seed.", show_default=False)]
 AllowHost = Annotated[Optional[list[str]], typer.Option("--allow-host", metavar="HOST[:PORT]", show_default=False,
                                                         help="Lets the workflow's rewards call this host, besides those of your settings. Repeatable.")]
+RunGiven = Annotated[str, typer.Argument(metavar="RUN", help="The folder of a run, or its name in the output folder.", show_default=False)]
 Debug = Annotated[bool, typer.Option("--debug", help="Shows the traceback of a fault.")]
 
 
@@ -155,6 +156,18 @@ def sample(prompt: Annotated[Optional[list[str]], typer.Option(help="What to dra
             for path in draw_and_save(Wanted(tuple(prompt or ()), prompts, policy, lora, width, height, frames, steps, guidance_scale,
                                              seed, count, dtype, guidance_scale_2)):
                 print(host.output_folder / path)
+
+
+@app.command()
+def report(run: RunGiven, output: Output = Path("output"),
+           to: Annotated[Optional[Path], typer.Option(metavar="FILE", help="Where it is written; report.html in the run's folder.", show_default=False)] = None,
+           debug: Debug = False) -> None:
+    """Makes a page of a run: one HTML file that opens anywhere."""
+    with _reported(debug):
+        from comfy_dancegrpo.runs import overview
+        from comfy_dancegrpo.runs.report import write
+
+        print(write(overview.find(run, output), to))
 
 
 @app.command("check-reward")

@@ -3,7 +3,8 @@
     workflow.json   the workflow as given            metrics.jsonl  a line per iteration
     prompt.json     the workflow as executed         watch.jsonl    a line per evaluation of Watch
     run.json        fingerprint, state, and, while   summary.json   evaluations of Evaluate
-                    it runs, who trains it           images/  checkpoints/  lora/  live/
+                    it runs, who trains it           report.html    all of it, for people
+    environment.json  what it ran on                 images/  pictures/  checkpoints/  lora/  live/
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ if TYPE_CHECKING:
 
 ON_EXISTING = ("new", "resume", "restart")
 MAY_CHANGE = ("run_name", "iterations", "checkpoint_every", "on_existing", "micro_batch", "gradient_checkpointing")  # without it being another run
-WRITTEN = ("workflow.json", "prompt.json", "run.json", "metrics.jsonl", "watch.jsonl", "summary.json", "images", "videos", "checkpoints", "lora", "live")
+WRITTEN = ("workflow.json", "prompt.json", "run.json", "metrics.jsonl", "watch.jsonl", "summary.json", "images", "videos", "checkpoints", "lora", "live",
+           "environment.json", "report.html", "pictures", "trackers.json", "tensorboard", "wandb")
 DEVICES = re.compile(r"(con|prn|aux|nul|(com|lpt)[0-9\u00b9\u00b2\u00b3]) *(\.|$)", re.IGNORECASE)  # Windows writes to these, whatever the suffix
 
 
@@ -61,7 +63,7 @@ class RunFolder:
 
     def __init__(self, path: Path):
         self.path = path
-        self.images, self.checkpoints, self.lora, self.live = (path / name for name in ("images", "checkpoints", "lora", "live"))
+        self.images, self.pictures, self.checkpoints, self.lora, self.live = (path / n for n in ("images", "pictures", "checkpoints", "lora", "live"))
         self.best = self.checkpoints / "best"
         self.metrics, self.watch = path / "metrics.jsonl", path / "watch.jsonl"
 

@@ -24,7 +24,7 @@ from ..policies.base import Policy
 from ..prompts import PromptList
 from ..rewards.early import Scoring
 from ..workflow.host import host
-from . import checkpoints, live, metrics, picture_statistics
+from . import checkpoints, environment, history, live, metrics, picture_statistics, report
 from .folder import RunFolder, claim
 from .prompt_cache import PromptCache
 from .watch import Rule, WatchLog
@@ -118,6 +118,8 @@ class Session:
             self.watch = WatchLog(self.folder, self._rule)
             if self.action != "start":
                 self._load(learner)
+            if self.action != "reopen":
+                processes.on_first(lambda: environment.note(self.folder, self._done))
             self.live = LivePolicy(self.policy, learner, settings, self.prompts.prompts, self.watch)
             undo.pop_all()
         processes.on_first(lambda: live.forget_stop(self.folder))
@@ -224,6 +226,7 @@ class Session:
         self._seconds.append(row["seconds"]["total"])
         left = sum(self._seconds) / len(self._seconds) * (self.settings.iterations - self._done)
         live.write(self.folder, self._done, self.settings.iterations, left, stats)
+        history.keep(self.folder, self._done, stats)
         host().progress(self._done, self.settings.iterations, self._line(row))
         if self.finished and not self.watch.verdict and (line := self.watch.better()):
             host().say(line)
@@ -268,6 +271,8 @@ class Session:
         finally:
             if processes.is_first():
                 live.forget_stop(self.folder)
+                if self._done and self.action != "reopen" and not (kind and issubclass(kind, KeyboardInterrupt)):  # that one is not to wait
+                    report.leave(self.folder.path)
             self._let_go()
             host().run_ended(self.folder.path, "finished" if self.finished else "stopped")
 
