@@ -138,6 +138,17 @@ def test_sizes_videos_and_reference_pictures_arrive(serve):
     assert torch.allclose(found, torch.stack([PICTURES[0].mean(), PICTURES[1, :32].mean(), video[[0, 2, 5]].mean()]), atol=2 / 255)
 
 
+def test_a_video_of_another_frame_rate_than_the_reward_was_loaded_for_is_refused(serve):
+    def paced(videos, prompts):
+        return torch.tensor([len(video) / paced.fps for video in videos])
+
+    paced.fps, paced.whole_videos = 16.0, True
+    running, video = serve(Reward("paced", paced)), torch.zeros(8, 16, 16, 3)
+    assert running.reward(fps=16)([video, video[:1]], ["a", "a picture"]).tolist() == [0.5, 1 / 16]
+    with pytest.raises(RunError, match=r"it answers 400: sample 0: found a video of 8\.0 frames a second, accepted: 16, for which the reward was loaded"):
+        running.reward(fps=8.0)([video], ["a"])
+
+
 def test_one_request_at_fault_costs_no_other(serve):
     def picky(pictures, prompts):
         if "bad" in prompts:

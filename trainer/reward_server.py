@@ -43,8 +43,11 @@ class Sample:
     prompt: str
 
 
-def parse(body: bytes, name: str) -> list[Sample]:
-    """The samples of a request. Raises `Refused` with what is wrong: 400, 404 for another reward, 413 for too many pixels."""
+def parse(body: bytes, name: str, fps: float | None = None) -> list[Sample]:
+    """The samples of a request; fps: of its videos, where the reward was loaded for one rate.
+
+    Raises `Refused` with what is wrong: 400, 404 for another reward, 413 for too many pixels.
+    """
     try:
         request = json.loads(body)
     except (ValueError, RecursionError):
@@ -59,7 +62,7 @@ def parse(body: bytes, name: str) -> list[Sample]:
     found, left = [], MOST_PIXELS
     for number, given in enumerate(samples):
         try:
-            found.append(_sample(given))
+            found.append(_sample(given, fps))
         except ValueError as error:
             raise Refused(400, f"sample {number}: {error}") from None
         left -= found[-1].frames[..., 0].numel()
@@ -68,9 +71,11 @@ def parse(body: bytes, name: str) -> list[Sample]:
     return found
 
 
-def _sample(given: Any) -> Sample:
+def _sample(given: Any, fps: float | None) -> Sample:
     if not isinstance(given, dict) or not isinstance(given.get("prompt"), str) or ("png" in given) == ("mp4" in given):
         raise ValueError('accepted: an object with a text "prompt" and a picture as "png" or a video as "mp4", in base64')
+    if "mp4" in given and fps not in (None, given.get("fps")):
+        raise ValueError(f"found a video of {shown(str(given.get('fps')), 40)} frames a second, accepted: {fps:g}, for which the reward was loaded (--fps)")
     frames = to_tensor(from_png(_bytes(given["png"]))) if "png" in given else video.decoded(_bytes(given["mp4"]))
     if "reference_png" not in given:
         return Sample(frames, Prompt(given["prompt"]))
@@ -183,7 +188,7 @@ class RewardServer:
 
     async def _score(self, request: web.Request) -> web.Response:
         body = await request.read()
-        samples = await asyncio.to_thread(parse, body, self.reward.name)
+        samples = await asyncio.to_thread(parse, body, self.reward.name, getattr(self.reward.loaded, "fps", None))
         try:
             scores = await self.scorer.scores(samples)
         except Exception as error:
