@@ -116,8 +116,9 @@ def test_without_the_settings_a_file_is_nothing(custom, tmp_path, caplog):
     assert line.startswith("input \"reward\": found 'brightness', accepted: one of 'clip_score', ") and "\n" not in line
     assert line.endswith(f'{custom / "brightness.py"} is not used, since "reward_folders" of your settings, {settings.path()}, does not name its folder')
     assert "is not used" not in valid("../custom/brightness") and "is not used" not in valid("darkness")
-    with pytest.raises(KeyError):
+    with pytest.raises(RunError) as raised:  # of a name that comes over a link
         rewards.load("brightness")
+    assert str(raised.value) == line
     assert not (tmp_path / "executed").exists()
 
 

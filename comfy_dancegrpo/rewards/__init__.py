@@ -51,12 +51,10 @@ def _log(line: str) -> None:
 
 def problem(name: str, model: str, base: str = PUBLISHED, device: str = "") -> str | None:
     """Why `load` would fail, in one line, found without loading anything; None when it would not."""
-    kinds = known()
-    if name not in kinds:
-        return f'input "reward": found {name!r}, accepted: one of {", ".join(map(repr, kinds))}{own.why_not(name, REWARDS)}'
     try:
-        source(name, kinds[name], model, base)
-        kinds[name].check()
+        kind = _kind(name)
+        source(name, kind, model, base)
+        kind.check()
     except RunError as error:
         return str(error)
     if not re.fullmatch(r"(?:[a-z]+(?::\d+)?)?", device):
@@ -67,10 +65,17 @@ def problem(name: str, model: str, base: str = PUBLISHED, device: str = "") -> s
 def load(name: str, model: str = EMBEDDED, batch_size: int = 32, base: str = PUBLISHED, fps: float = FPS, **options) -> Reward:
     """The reward, whose weights are loaded when it first scores. fps: frames a second, of whole videos. `options`: other fields of `Reward`.
 
-    Raises `RunError` where `problem` names one, and where a reward of the user's cannot be imported; `KeyError` on a name that is not `known`.
+    Raises `RunError` where `problem` names one, and where a reward of the user's cannot be imported.
     """
-    kind = known()[name]
+    kind = _kind(name)
     kind.check()
     made_of = replace(source(name, kind, model, base), part=kind.part, fps=fps)
     module = kind.imported()
     return Reward(name, Deferred(lambda: module.load(made_of)), batch_size, whole_videos=kind.whole_videos, **options)
+
+
+def _kind(name: str) -> Kind:
+    kinds = known()
+    if name not in kinds:
+        raise RunError(f'input "reward": found {name!r}, accepted: one of {", ".join(map(repr, kinds))}{own.why_not(name, REWARDS)}')
+    return kinds[name]
