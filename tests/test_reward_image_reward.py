@@ -167,3 +167,14 @@ def test_another_file_is_one_line(models, tensors, damage, line):
     with pytest.raises(RunError) as raised:
         rewards.load("image_reward", "ImageReward.pt")(pictures(), PROMPTS)
     assert line in str(raised.value) and "\n" not in str(raised.value) and "ImageReward.pt" in str(raised.value)
+
+
+@pytest.mark.parametrize("words, count", [(None, 7), (WORDS[:-1], 12)], ids=["none", "another"])
+def test_a_base_without_the_right_tokenizer_is_one_line(models, words, count):
+    """Where there is none, transformers 5 makes up one of five tokens: every word would be unknown, and the scores of nothing."""
+    vocabulary = models / "bert-base-uncased" / "vocab.txt"
+    vocabulary.write_text("\n".join(words)) if words else vocabulary.unlink()
+    with pytest.raises(RunError) as raised:
+        rewards.load("image_reward", "ImageReward.pt")(pictures(), PROMPTS)
+    accepted = [f"its tokenizer has {count} tokens with BLIP's two, accepted: 13, of which "] + ["OSError: "] * (words is None)  # older ones raise it
+    assert any(line in str(raised.value) for line in accepted) and "\n" not in str(raised.value)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers import BertTokenizerFast, BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
 
+from ..errors import RunError
 from ..pixels import to_bytes
 from . import weights
 from .aesthetic import Layers  # the head has their widths and names, of whose code it was made
@@ -43,6 +44,9 @@ class ImageReward(torch.nn.Module):
         self.head = weights.fill(lambda: Layers(self.text.config.hidden_size), head, source.model)
         self.tokenizer = BertTokenizerFast.from_pretrained(source.base, local_files_only=True)
         self.tokenizer.add_tokens(["[DEC]", "[ENC]"], special_tokens=True)  # BLIP's own, after BERT's: a prompt that spells one has it
+        if len(self.tokenizer) != self.text.config.vocab_size:  # of a folder without one transformers makes up an empty one
+            raise RunError(f"{source.base}: its tokenizer has {len(self.tokenizer)} tokens with BLIP's two, accepted: {self.text.config.vocab_size}, "
+                           f"of which {source.model} has embeddings")
 
     @torch.no_grad()
     def forward(self, pictures: Tensor | Sequence[Tensor], prompts: Sequence[str]) -> Tensor:
