@@ -6,7 +6,6 @@ everything. The answer is asked for as JSON by a schema, where the server knows 
 
 from __future__ import annotations
 
-import base64
 import json
 import re
 import sys
@@ -22,7 +21,7 @@ from ..pixels import png, to_bytes
 from ..workflow.host import host
 from .base import Reward, spread
 from .faults import Given, RewardFault
-from .remote import as_pictures
+from .remote import as_pictures, in_base64
 from .service import CallFailed, Service, Trouble, shown
 
 _NUMBER = re.compile(r"(?<![\w.])[-+]?\d+(?:\.\d+)?(?:[eE][-+]?\d+)?(?!\w)")
@@ -121,7 +120,7 @@ def _numbers(text: str) -> list[float]:
 
 
 def _picture(image: Image.Image) -> dict[str, Any]:
-    return {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{base64.b64encode(png(image)).decode('ascii')}"}}
+    return {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{in_base64(png(image))}"}}
 
 
 def _text(text: str) -> dict[str, Any]:
