@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import time
 
-from comfy_dancegrpo import rewards
+from comfy_dancegrpo import processes, rewards
 from comfy_dancegrpo.errors import RunError
 from comfy_dancegrpo.workflow.graph import is_link
 
@@ -91,6 +91,8 @@ class Score:
 
     def score(self, rollout, reward, weight, images=None, scores=(None,)):
         start, rollout, reward = time.perf_counter(), rollout[0], reward[0]
+        if images is not None and processes.any_of(any(batch is None for batch in images)):  # Group Sample's: the first process alone has them all
+            images = processes.broadcast(images)
         values = reward.of(rollout, None if images is None else _own(_samples(images, rollout), rollout))
         return (_with(rollout, reward.name, weight[0], values, scores[0], time.perf_counter() - start),)
 

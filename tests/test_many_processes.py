@@ -1,5 +1,6 @@
 """The same training with any number of processes (DESIGN, rule 3), on gloo."""
 
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from comfy_dancegrpo.grpo.protocol import Column, SamplingPlan, Scores, Size
 from comfy_dancegrpo.grpo.rollout import Request, sample
 from comfy_dancegrpo.grpo.update import UpdateSettings, _sum_gradients, update
 from comfy_dancegrpo.lora.adapter import Adapter, LoraSettings
+from comfy_dancegrpo.nodes.rewards import Score
 from comfy_dancegrpo.runs.prompt_cache import encode
 
 SIZE = Size(64, 64)
@@ -121,3 +123,20 @@ def test_what_no_process_has_a_gradient_of_stays_as_it_is(tmp_path):
         for found, moved in in_processes(count, sparse, tmp_path):
             assert [found[name].tolist() for name in ("every", "last")] == [[total] * 2 for total in totals] and found["none"] is None
             assert moved == {"every", "last"}
+
+
+def straight_from_group_sample(frames):
+    """The scores of pictures, or videos, that come over Group Sample's own wire: all of them in the first process, None in the others."""
+    every = torch.arange(5.0).view(5, 1, 1, 1, 1).expand(5, frames, 2, 2, 3) / 8
+    every = every[:, 0] if frames == 1 else every
+    places = torch.tensor(processes.share(list(range(5))))
+    rollout = SimpleNamespace(pictures=every[places] * 0, own_prompts=("a",) * len(places), size=5, places=places, prompts=("a",) * 5,
+                              plan=SamplingPlan(None, size=Size(2, 2, frames)))
+    wire = [None] if not processes.is_first() else [every] if frames == 1 else list(every)
+    reward = rewards.Reward("brightness", lambda pictures, prompts: torch.stack([p.mean() for p in pictures]))
+    return Score().score(rollout=[rollout], reward=[reward], weight=[1.0], images=wire)[0].columns[0].raw.tolist()
+
+
+@pytest.mark.parametrize("frames", [1, 2])
+def test_pictures_that_the_first_process_alone_has_are_scored_by_all(frames, tmp_path):
+    assert in_processes(2, straight_from_group_sample, tmp_path, frames) == [[0.0, 0.125, 0.25, 0.375, 0.5]] * 2

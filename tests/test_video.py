@@ -68,7 +68,7 @@ def test_a_video_scores_the_mean_of_its_frames():
 # -- the Score node -----------------------------------------------------------------------------------------------------
 def scored(pictures, images):
     prompts, frames = ("a",) * len(pictures), len(pictures[0]) if pictures.ndim == 5 else 1
-    rollout = SimpleNamespace(pictures=pictures, prompts=prompts, own_prompts=prompts, size=len(pictures), places=torch.arange(len(pictures)),
+    rollout = SimpleNamespace(pictures=pictures, prompts=prompts, own_prompts=prompts, size=len(pictures), places=torch.arange(len(pictures)), early=None,
                               plan=SamplingPlan(None, size=Size(8, 8, frames)))
     return Score().score(rollout=[rollout], reward=[Reward("r", brightness)], weight=[1.0], images=images)[0].columns[0].raw
 
