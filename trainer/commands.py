@@ -170,6 +170,28 @@ def report(run: RunGiven, output: Output = Path("output"),
         print(write(overview.find(run, output), to))
 
 
+@app.command()
+def runs(output: Output = Path("output"), debug: Debug = False) -> None:
+    """Lists runs: their state, how far they are, and what their reward did."""
+    with _reported(debug):
+        from .listing import show
+
+        show(output)
+
+
+@app.command()
+def compare(first: Annotated[str, typer.Argument(metavar="A", help="The folder of a run, or its name in the output folder.", show_default=False)],
+            second: Annotated[str, typer.Argument(metavar="B", help="Another.", show_default=False)], output: Output = Path("output"),
+            debug: Debug = False) -> None:
+    """Compares two runs: settings that differ, rewards, evaluations, time."""
+    with _reported(debug):
+        from comfy_dancegrpo.runs import overview
+
+        from .comparing import show
+
+        show(overview.find(first, output), overview.find(second, output))
+
+
 @app.command("check-reward")
 def check_reward(name: Annotated[str, typer.Argument(help="As Load Reward names it.")],
                  pictures: Annotated[list[Path], typer.Argument(help="Pictures or videos.")],

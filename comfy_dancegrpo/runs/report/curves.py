@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 POINTS = 600  # of a line: a page is not a table
-_COLOURS = {"#010203": "ink", "#040506": "faint", "#070809": "accent", "#0a0b0c": "second"}  # what matplotlib is given, and the page's classes
-INK, FAINT, ACCENT, SECOND = _COLOURS
+_COLOURS = {"#040506": "quiet", "#070809": "accent", "#0a0b0c": "second"}  # what matplotlib is given, and the page's variables
+QUIET, ACCENT, SECOND = _COLOURS
 _NAN = float("nan")
 
 
@@ -52,15 +52,15 @@ def svg(name: str, lines: Sequence[Line], width: float = 3.6, height: float = 2.
         marks = line.marks or np.isfinite(y).sum() == 1  # a line of one point is none
         axes.plot(x, y, color=line.colour, linewidth=line.width, alpha=line.alpha, marker="o" if marks else None, markersize=3.5)
     if len(dots):
-        axes.plot(dots, [0.02] * len(dots), "^", color=FAINT, markersize=3, transform=axes.get_xaxis_transform(), clip_on=False)
+        axes.plot(dots, [0.02] * len(dots), "^", color=QUIET, markersize=3, transform=axes.get_xaxis_transform(), clip_on=False)
     axes.set_xlim(0, max(end, 1.0) * 1.02)
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.margins(y=0.12)
-    axes.tick_params(labelsize=8, colors=FAINT, length=3)
+    axes.tick_params(labelsize=8, colors=QUIET, length=3)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(FAINT)
-    axes.grid(color=FAINT, alpha=0.18, linewidth=0.6)
-    axes.yaxis.get_offset_text().set_color(FAINT)
+    axes.spines[["left", "bottom"]].set_color(QUIET)
+    axes.grid(color=QUIET, alpha=0.18, linewidth=0.6)
+    axes.yaxis.get_offset_text().set_color(QUIET)
     file = io.StringIO()
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name, "font.family": "sans-serif", "path.simplify_threshold": 0.3}):
         figure.patch.set_visible(False)
@@ -69,12 +69,12 @@ def svg(name: str, lines: Sequence[Line], width: float = 3.6, height: float = 2.
     return _inline(file.getvalue(), name)
 
 
-def _inline(text: str, name: str) -> str:
+def _inline(text: str, prefix: str) -> str:
     """Without the document's head; ids are the chart's own, and colours the page's."""
     text = text[text.index("<svg"):]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    text = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", text)
+    text = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{prefix}-", text)
     text = re.sub(r'<svg [^>]*?viewBox="([^"]*)"[^>]*>', r'<svg xmlns:xlink="http://www.w3.org/1999/xlink" viewBox="\1" role="img" aria-hidden="true">', text, count=1)
-    for colour, kind in _COLOURS.items():
-        text = text.replace(colour, f"var(--{kind if kind != 'faint' else 'quiet'})")
+    for colour, name in _COLOURS.items():
+        text = text.replace(colour, f"var(--{name})")
     return text

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from ..overview import Overview, moving_mean
@@ -16,7 +16,8 @@ from .style import PHASES
 HEALTH = {"group_std": "spread within groups", "clip_fraction": "share of clipped ratios", "approx_kl": "KL divergence from the rollout's policy, estimated",
           "grad_norm": "gradient norm", "ratio_deviation": "ratio deviation (replay against rollout, must be 0 in float32)", "learning_rate": "learning rate"}
 STATISTICS = {"sharpness": "sharpness of the pictures", "saturation": "saturation", "grid": "grid artefacts, dB", "near_duplicates": "near-duplicates in groups"}
-PHASE_NAMES = {"denoise": "sampling (denoiser)", "decode": "decoding pictures", "reward": "rewards", "update": "training", "encode": "encoding prompts"}
+PHASE_NAMES = {"denoise": "sampling (denoiser)", "decode": "decoding pictures", "reward": "rewards", "update": "training", "encode": "encoding prompts",
+               "checkpoint": "waiting for checkpoints", "watch": "evaluations of Watch", "rest": "all else (previews, pictures, metrics)"}
 
 
 def number(value: Any, sign: bool = False) -> str:
@@ -66,13 +67,14 @@ def reward(run: Overview, points: Sequence[dict[str, Any]]) -> Markup:
     if not run.rows:
         return Markup(tag("p", "No iteration has been done yet."))
     x, y = _column(run.rows, "iteration"), _column(run.rows, "reward_mean")
-    lines = [Line(x, y, width=1, alpha=0.5, spread=_column(run.rows, "reward_std"))]
-    if run.window > 1:
+    smooth = run.window > 1
+    lines = [Line(x, y, width=1 if smooth else 2, alpha=0.5 if smooth else 1, spread=_column(run.rows, "reward_std"))]
+    if smooth:
         lines.append(Line(x[run.window - 1:], moving_mean(y, run.window), width=2.4))
     chart = curves.svg("reward", lines, 10, 3.2, end=x[-1], dots=[point["iteration"] for point in points])
     names = " + ".join(run.rows[-1].get("rewards", {}))
     return section("Reward", figure(f"{names}: mean of an iteration's samples against the iteration"
-                                    + (f"; thick, of {run.window} iterations" if run.window > 1 else "") + "; band, their spread"
+                                    + (f"; thick, of {run.window} iterations" if smooth else "") + "; band, their spread"
                                     + ("; ▲, pictures below" if points else ""), chart))
 
 
@@ -166,13 +168,13 @@ def timing(run: Overview) -> Markup:
     names = list(dict.fromkeys(name for row in run.rows for name in row["seconds"] if name != "total"))
     sums: dict[str, float] = {name: sum(row["seconds"].get(name, 0.0) for row in run.rows) for name in names}
     total = sum(row["seconds"]["total"] for row in run.rows)
-    sums["all else (previews, metrics, checkpoints)"] = max(0.0, total - sum(sums.values()))
+    if run.watched:
+        sums["watch"] = sum(row.get("seconds", 0.0) for row in run.watched)
+    sums["rest"] = max(0.0, total - sum(sums.values()))
     colours = {name: PHASES[i % len(PHASES)] for i, name in enumerate(sums)}
     bar = tag("div", *(tag("i", style=f"width:{100 * seconds / max(total, 1e-9):.2f}%;background:{colours[name]}") for name, seconds in sums.items()), cls="bar")
     rows = [(joined([tag("span", cls="key", style=f"background:{colours[name]}"), PHASE_NAMES.get(name, name)]), f"{seconds / len(run.rows):.3f} s", duration(seconds),
              f"{100 * seconds / max(total, 1e-9):.1f} %") for name, seconds in sums.items()]
-    if watch := sum(row.get("seconds", 0.0) for row in run.watched):
-        rows.append(("of which Watch's evaluations", f"{watch / len(run.rows):.3f} s", duration(watch), f"{100 * watch / max(total, 1e-9):.1f} %"))
     rows.append((tag("b", "all"), f"{total / len(run.rows):.3f} s", duration(total), ""))
     return section("Time", bar, table(("phase", "an iteration", "in all", "share"), rows, (1, 2, 3)))
 

@@ -16,15 +16,14 @@ p { margin: 6px 0; max-width: 80ch; }
 .state { display: inline-block; margin-left: 10px; padding: 1px 10px; border-radius: 99px; background: var(--soft); font-size: 13px; font-weight: 600;
   vertical-align: middle; }
 .notice { border-left: 3px solid var(--bad); padding: 4px 12px; background: var(--soft); overflow-wrap: anywhere; }
-.facts { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: 10px; margin: 18px 0; }
+.facts { display: grid; grid-template-columns: repeat(auto-fit, minmax(165px, 1fr)); gap: 10px; margin: 18px 0; }
 .facts div, figure, details, .table { background: var(--card); border: 1px solid var(--edge); border-radius: 8px; }
 .facts div { padding: 10px 14px; }
-.facts b { display: block; font-size: 19px; font-weight: 600; overflow-wrap: anywhere; }
+.facts b { display: block; font-size: 16px; font-weight: 600; overflow-wrap: anywhere; }
 .grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(330px, 1fr)); gap: 12px; }
 figure { margin: 0; padding: 10px 12px; }
 figcaption { font-size: 13px; font-weight: 600; overflow-wrap: anywhere; }
 figure svg { display: block; width: 100%; height: auto; }
-.ink { color: var(--ink); } .faint { color: var(--quiet); } .accent { color: var(--accent); } .second { color: var(--second); }
 .table { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-size: 14px; }
 th, td { padding: 6px 12px; text-align: left; border-bottom: 1px solid var(--edge); vertical-align: top; overflow-wrap: anywhere; }
@@ -43,8 +42,7 @@ td.n, th.n { text-align: right; white-space: nowrap; }
 .pair .row { flex-wrap: nowrap; }
 .shot { width: 140px; }
 .row .shot { flex: 0 1 140px; min-width: 0; }
-.shot img { display: block; width: 100%; border-radius: 5px; image-rendering: auto; }
-.shot img.tiny { image-rendering: pixelated; }
+.shot img { display: block; width: 100%; border-radius: 5px; }
 .shot span { font-size: 12px; color: var(--quiet); }
 .pairs { display: flex; flex-wrap: wrap; gap: 18px; }
 .prompt { font-size: 13px; overflow-wrap: anywhere; }
@@ -54,4 +52,4 @@ details .table { border: 0; }
 @media (max-width: 640px) { .point { grid-template-columns: 1fr; } .grid { grid-template-columns: 1fr; } }
 @media print { main { max-width: none; } figure, .point, .pair { break-inside: avoid; } }
 """
-PHASES = ("#2563eb", "#0d9488", "#d97706", "#9333ea", "#64748b", "#be123c")
+PHASES = ("#2563eb", "#0d9488", "#d97706", "#9333ea", "#be123c", "#65a30d", "#64748b")
