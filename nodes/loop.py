@@ -66,6 +66,7 @@ class LoopStart:
                                       "bitsandbytes; adafactor keeps a fraction of the state; prodigy finds its step size, with learning_rate 1."),
             "gradient_checkpointing": ("BOOLEAN", {"default": False, "tooltip": "Keeps few activations and computes the others again: much less memory "
                                                                                "in training, about a third more time. The gradient stays the same."}),
+            "checkpoints_kept": wires.integer(2, 0, 1_000_000, "The last checkpoints that are kept; 0 keeps all. Where one is damaged, the one before is used."),
         }}
 
     @classmethod

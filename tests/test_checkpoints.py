@@ -2,9 +2,11 @@
 
 import json
 import os
+import threading
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from comfy_dancegrpo.errors import RunError
 from comfy_dancegrpo.runs import checkpoints, metrics
@@ -31,14 +33,18 @@ def state(k):
     return {"parameters.w": torch.full((3, 2), float(k)), "optimizer.step.w": torch.tensor(float(k)), "version": torch.tensor(k)}
 
 
+def save(folder, k, kept=2, **more):
+    return checkpoints.save(folder, checkpoints.Checkpoint(k, state(k), 16, "same", 1)._replace(**more), kept)
+
+
 # -- checkpoints ------------------------------------------------------------------------------------------------------------------
 def test_the_newest_comes_back_bit_for_bit_and_two_are_kept(tmp_path, host):
     assert checkpoints.newest(tmp_path / "none") is None
     for k in (2, 10, 110):
-        checkpoints.save(tmp_path, k, state(k), micro_batch=16)
+        save(tmp_path, k)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["0000010.safetensors", "0000110.safetensors"]
-    iterations, tensors, micro_batch = checkpoints.newest(tmp_path)
-    assert (iterations, micro_batch) == (110, 16) and tensors.keys() == state(0).keys()
+    iterations, tensors, micro_batch, fingerprint, count = checkpoints.newest(tmp_path)
+    assert (iterations, micro_batch, fingerprint, count) == (110, 16, "same", 1) and tensors.keys() == state(0).keys()
     assert all(torch.equal(value, tensors[name]) and value.dtype == tensors[name].dtype for name, value in state(110).items())
     assert host.said == []
 
@@ -48,16 +54,72 @@ def test_the_newest_comes_back_bit_for_bit_and_two_are_kept(tmp_path, host):
     lambda data: b"\xff" * 8 + data[8:], lambda data: data.replace(b'"iterations"', b'"iteratioms"'),
 ])
 def test_a_damaged_newest_is_named_and_passed_over(tmp_path, host, damage):
-    checkpoints.save(tmp_path, 10, state(10), micro_batch=16)
-    newest = checkpoints.save(tmp_path, 20, state(20), micro_batch=16)
+    save(tmp_path, 10)
+    newest = save(tmp_path, 20)
     newest.write_bytes(damage(newest.read_bytes()))
-    iterations, tensors, _ = checkpoints.newest(tmp_path)
+    iterations, tensors, *_ = checkpoints.newest(tmp_path)
     assert iterations == 10 and torch.equal(tensors["version"], torch.tensor(10))
     assert len(host.said) == 1 and f"checkpoint {newest} is damaged" in host.said[0]
 
 
+def test_no_single_bit_goes_unnoticed(tmp_path, host):
+    """Each bit of the file in turn: what is read is all that was written, or the file is named."""
+    path, whole = save(tmp_path, 20), checkpoints.newest(tmp_path)
+    data, named = path.read_bytes(), 0
+    for at in range(8 * len(data)):
+        host.said.clear()
+        path.write_bytes(data[: at // 8] + bytes([data[at // 8] ^ 1 << at % 8]) + data[at // 8 + 1:])
+        found = checkpoints.load(path)
+        named += found is None
+        if found is None:
+            assert len(host.said) == 1 and f"checkpoint {path} is damaged" in host.said[0] and "\n" not in host.said[0]
+        else:
+            assert found._replace(tensors=None) == whole._replace(tensors=None) and found.tensors.keys() == whole.tensors.keys()
+            assert all(torch.equal(found.tensors[name], value) and found.tensors[name].dtype == value.dtype for name, value in whole.tensors.items())
+    print(f"{named} of {8 * len(data)} bits")
+    assert named > 8 * len(data) * 0.9  # the others are spaces, and the order of names
+
+
+def test_one_of_another_workflow_and_one_without_a_checksum(tmp_path, host):
+    save(tmp_path, 10)
+    other = save(tmp_path, 20, fingerprint="other")
+    assert checkpoints.newest(tmp_path, "same").iterations == 10 and "of another workflow" in host.said[0]
+    save_file(state(30), tmp_path / "0000030.safetensors", metadata={"iterations": "30", "micro_batch": "16"})  # of an older version
+    assert checkpoints.newest(tmp_path, "same").iterations == 30
+    save_file(state(30), other, metadata={"iterations": "20", "micro_batch": "16", "fingerprint": "same", "processes": "1"})
+    assert checkpoints.load(other) is None
+
+
+@pytest.mark.parametrize("kept, left", [(1, [20, 25, 30]), (2, [10, 20, 25, 30]), (0, [5, 10, 20, 25, 30])])
+def test_those_that_are_kept_are_counted_from_the_one_that_is_written(tmp_path, host, kept, left):
+    """A damaged later one, that was passed over, takes no place of a whole one."""
+    for k in (5, 10, 25, 30):
+        save(tmp_path, k, kept=0)
+    save(tmp_path, 20, kept)
+    assert sorted(int(p.stem) for p in tmp_path.iterdir()) == left
+
+
+def test_what_fails_behind_is_raised_once_by_the_next_call():
+    writer, go = checkpoints.Writer(), threading.Event()
+
+    def fail():
+        go.wait()
+        raise OSError(28, "No space left on device")
+
+    writer.start(fail)
+    writer.check()  # it goes on
+    go.set()
+    with pytest.raises(OSError, match="No space"):
+        writer.start(pytest.fail)
+    writer.wait()
+    done = []
+    writer.start(lambda: done.append(1))
+    writer.wait()
+    assert done == [1]
+
+
 def test_a_write_that_fails_leaves_the_former_ones(tmp_path, host, monkeypatch):
-    checkpoints.save(tmp_path, 10, state(10), micro_batch=16)
+    save(tmp_path, 10)
 
     def half(tensors, path, metadata):
         path.write_bytes(b"half")
@@ -66,9 +128,9 @@ def test_a_write_that_fails_leaves_the_former_ones(tmp_path, host, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(checkpoints, "save_file", half)
         with pytest.raises(OSError, match="No space"):
-            checkpoints.save(tmp_path, 20, state(20), micro_batch=16)
+            save(tmp_path, 20)
     assert checkpoints.newest(tmp_path)[0] == 10 and host.said == []  # the half one is not even looked at
-    checkpoints.save(tmp_path, 20, state(20), micro_batch=16)
+    save(tmp_path, 20)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["0000010.safetensors", "0000020.safetensors"]
 
 

@@ -82,7 +82,7 @@ def test_metrics(first):
         assert all(math.isfinite(v) for v in row.values() if isinstance(v, (int, float)))
         assert row["ratio_deviation"] == 0.0
         assert row["flat_groups"] == 0 and row["grad_norm"] > 0 and row["learning_rate"] > 0  # else the tests below say little
-        parts = {"denoise", "decode", "reward", "update", "total"}
+        parts = {"denoise", "decode", "reward", "update", "checkpoint", "total"}
         assert row["seconds"].keys() == parts and all(row["seconds"][part] >= 0 for part in parts)
         assert sum(row["seconds"][part] for part in parts - {"total"}) <= row["seconds"]["total"] + 1e-3
 

@@ -16,12 +16,13 @@ if TYPE_CHECKING:  # the rest of this file reads and writes lines, and a page's 
     from ..grpo.update import UpdateStats
 
 
-def row(iteration: int, stats: UpdateStats, total_seconds: float) -> dict[str, Any]:
+def row(iteration: int, stats: UpdateStats, total_seconds: float, held_up: float = 0.0) -> dict[str, Any]:
     """What is written of one iteration (iteration counts from 1).
 
     reward_mean and reward_std are over the samples of the weighted sum of raw scores; group_std is the mean spread within
     groups. Each reward's mean and std are of its raw scores too; used_mean, where they were adjusted, of what trained in their place.
-    trained_samples went into the update; denoiser_calls count samples, padding included and told apart; seconds are by phase.
+    trained_samples went into the update; denoiser_calls count samples, padding included and told apart; seconds are by phase, of checkpoints
+    those that training was `held_up` by them before this iteration.
     """
     scores = stats.advantages.scores
     rollout = scores.rollout
@@ -48,7 +49,7 @@ def row(iteration: int, stats: UpdateStats, total_seconds: float) -> dict[str, A
             "padded": rollout.calls.padded + stats.calls.padded,
         },
         "seconds": {**{k: round(v, 4) for k, v in rollout.seconds.items()}, "reward": round(scores.seconds, 4),
-                    "update": round(stats.seconds, 4), "total": round(total_seconds, 4)},
+                    "update": round(stats.seconds, 4), "checkpoint": round(held_up, 4), "total": round(total_seconds + held_up, 4)},
         "time": round(time.time(), 3),
     }
 

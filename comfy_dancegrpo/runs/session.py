@@ -34,7 +34,7 @@ ENCODED_AHEAD = 16  # iterations whose prompts are encoded together, on an accel
 
 @dataclass(frozen=True)
 class LoopSettings:
-    """What Loop Start asks. checkpoint_every: iterations; 0 writes one at the end alone. micro_batch: samples in every
+    """What Loop Start asks. checkpoint_every: iterations; 0 writes one at the end alone; checkpoints_kept: 0 keeps all. micro_batch: samples in every
     denoiser call of the run (DESIGN: one batch shape). lora: what is trained. start_from: a LoRA, or weights, that it begins with."""
 
     run_name: str = "run"
@@ -48,6 +48,7 @@ class LoopSettings:
     optimizer: OptimizerSettings = OptimizerSettings()
     start_from: LoraSnapshot | FullSnapshot | None = field(default=None, repr=False)
     gradient_checkpointing: bool = False
+    checkpoints_kept: int = checkpoints.KEPT
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,7 @@ class Session:
         self.policy, self.prompts, self.settings, self._node_id, self._rule = policy, prompts, settings, node_id, rule
         self._fingerprint, self._done, self._saved, self._start = fingerprint, 0, -1, 0.0
         self._seconds: deque[float] = deque(maxlen=20)  # of the last iterations
+        self._writer, self._held_up = checkpoints.Writer(), 0.0  # seconds that checkpoints have held up the training since the last row
         self.first_reward: float | None = None
 
     def __enter__(self) -> Session:
@@ -116,6 +118,7 @@ class Session:
             if self.action == "start":
                 processes.on_first(lambda: self.folder.create(self._fingerprint, settings.micro_batch))
             self.watch = WatchLog(self.folder, self._rule)
+            self.watch.settle = self._settle
             if self.action != "start":
                 self._load(learner)
             if self.action != "reopen":
@@ -152,8 +155,8 @@ class Session:
 
     def _read(self) -> tuple[tuple[int, dict] | None, list[dict], float | None]:
         """The newest checkpoint (iterations, tensors), the watch's rows and the first reward; what the disk has of later iterations is cut off."""
-        found = checkpoints.newest(self.folder.checkpoints)
-        done = found[0] if found is not None else 0
+        found = checkpoints.newest(self.folder.checkpoints, self._fingerprint)
+        done = found.iterations if found is not None else 0
         if found is None and self.action == "reopen":
             raise RunError(f"run {self.folder.name!r} in {self.folder.path} is finished, and its checkpoints are missing or damaged; "
                            'set "on_existing" to restart, or choose another "run_name"')
@@ -162,9 +165,10 @@ class Session:
             self.folder.write_running()
             host().say(f"run {self.folder.name!r} in {self.folder.path} has no checkpoint yet; it starts from the beginning")
         else:
-            if found[2] != self.settings.micro_batch:
-                host().say(f"the micro-batch size changes from {found[2]} to {self.settings.micro_batch}: "
-                           "from here on the run is not bit for bit what it would have been")
+            for what, before, now in (("micro-batch size", found.micro_batch, self.settings.micro_batch),
+                                      ("number of processes", found.processes or processes.count(), processes.count())):
+                if before != now:
+                    host().say(f"the {what} changes from {before} to {now}: from here on the run is not bit for bit what it would have been")
             if done >= self.settings.iterations:
                 self.folder.write_record(state="finished", iterations=done)  # it may have been killed before it wrote so
                 host().say(f"run {self.folder.name!r} in {self.folder.path} is finished and unchanged; nothing is trained "
@@ -174,6 +178,8 @@ class Session:
                 host().say(f"run {self.folder.name!r} in {self.folder.path} goes on after iteration {done}")
         metrics.cut_after(self.folder.metrics, done)
         rows = metrics.read(self.folder.metrics)
+        if [row["iteration"] for row in rows] != list(range(1, done + 1)):
+            host().say(f"{self.folder.metrics} lacks rows: it has {len(rows)} of {done} iterations")
         return found and found[:2], self.watch.rows, rows[0]["reward_mean"] if rows else None
 
     @property
@@ -209,7 +215,8 @@ class Session:
 
     def _measure(self, stats: UpdateStats) -> dict:
         """The iteration's row, written to the metrics."""
-        row = metrics.row(self._done + 1, stats, time.perf_counter() - self._start)
+        held_up, self._held_up = self._held_up, 0.0
+        row = metrics.row(self._done + 1, stats, time.perf_counter() - self._start, held_up)
         rollout = stats.advantages.scores.rollout
         row["pictures"] = picture_statistics.of(rollout.every_picture, rollout.groups, self.policy.patch(rollout.plan.size.frames))
         metrics.append(self.folder.metrics, row)
@@ -218,6 +225,7 @@ class Session:
     def _keep_iteration(self, row: dict, stats: UpdateStats) -> None:
         """A checkpoint when one is due, and what people are shown."""
         every = self.settings.checkpoint_every
+        self._writer.check()
         if self.finished or (every and self._done % every == 0):
             self._save("finished" if self.finished else "running")
         if stats.ratio_deviation > self.ratio_limit(stats):
@@ -243,10 +251,30 @@ class Session:
         return 0.0 if self.policy.dtype == torch.float32 else stats.clip_range
 
     def _save(self, state: str) -> None:
-        if self._saved != self._done:
-            checkpoints.save(self.folder.checkpoints, self._done, self.live.state, self.settings.micro_batch)
-            self._saved = self.watch.saved = self._done
-        self.folder.write_record(state=state, iterations=self._done, fingerprint=self._fingerprint, stopped_by=self.watch.verdict)
+        """A checkpoint of the last whole iteration, and the record: behind the training where it goes on, else both are there on return."""
+        self._settle()
+        done, verdict, start = self._done, self.watch.verdict, time.perf_counter()
+        content = checkpoints.Checkpoint(done, self.live.state, self.settings.micro_batch, self._fingerprint, processes.count())
+
+        def write() -> None:
+            told = {}
+            if self._saved != done:
+                path = checkpoints.save(self.folder.checkpoints, content, self.settings.checkpoints_kept)
+                self._saved, told = done, {"checkpoint": {"bytes": path.stat().st_size, "seconds": round(time.perf_counter() - start, 4)}}
+            self.folder.write_record(state=state, iterations=done, fingerprint=self._fingerprint, stopped_by=verdict, **told)
+
+        self._writer.start(write)
+        if state != "running":
+            self._settle()
+
+    def _settle(self) -> None:
+        """Waits for the checkpoint that is being written, if any; raises what it failed by."""
+        start = time.perf_counter()
+        try:
+            self._writer.wait()
+        finally:
+            self._held_up += time.perf_counter() - start
+        self.watch.saved = max(self._saved, 0)
 
     def snapshot(self) -> LoraSnapshot | FullSnapshot:
         """What was trained, after the last whole iteration, or after the best one where a watch reward has fallen: its moving average where that is on."""
@@ -292,6 +320,8 @@ class Session:
         if self._done == 0:
             self.folder.write_record(state="stopped")
             return
+        with contextlib.suppress(OSError):  # of one that was being written: another is now, and raises what is still wrong
+            self._settle()
         self._save("finished" if self.finished else "stopped")  # a full disk raises here too: the former checkpoint is still whole
         kept = f"checkpoint in {self.folder.checkpoints}"
         if broken_off:

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -57,6 +57,7 @@ class WatchLog:
     def __init__(self, folder: RunFolder, rule: Rule | None):
         self._folder, self._rule = folder, rule or Rule(())
         self.saved = 0  # iteration of the run's last checkpoint: what was the best there stays on disk, for a killed run goes on from there
+        self.settle: Callable[[], None] = lambda: None  # waits for a checkpoint that is being written
         self.rows = metrics.read(folder.watch)
 
     def cut_after(self, iteration: int) -> None:
@@ -93,11 +94,12 @@ class WatchLog:
             self.rows.append(row)
 
     def _write(self, row: dict[str, Any], state: dict[str, Tensor], micro_batch: int) -> None:
+        self.settle()
         former = self._best_of([r for r in self._whole() if r["iteration"] <= self.saved])
         before = self.best
         self.rows.append(row)
         if any(whole is row for whole in self._whole()) and self._best_of([*([before] if before else []), row]) is row:
-            checkpoints.save(self._folder.best, row["iteration"], state, micro_batch, kept=None)
+            checkpoints.save(self._folder.best, checkpoints.Checkpoint(row["iteration"], state, micro_batch), kept=0)
             for path in self._folder.best.glob("*.safetensors"):
                 if int(path.stem) not in (row["iteration"], former and former["iteration"]):
                     path.unlink()
