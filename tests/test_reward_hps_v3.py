@@ -89,8 +89,9 @@ def test_it_is_the_published_computation(models):
 
 
 def test_any_batch_size_is_the_same(models):
-    together = rewards.load("hps_v3", "HPSv3.safetensors")(pictures(), PROMPTS)
-    torch.testing.assert_close(rewards.load("hps_v3", "HPSv3.safetensors", batch_size=1)(pictures(), PROMPTS), together, rtol=0, atol=1e-5)
+    sixteen, prompts = (pictures() * 6)[:16], (PROMPTS[::-1] * 6)[:16]
+    together = rewards.load("hps_v3", "HPSv3.safetensors", batch_size=16)(sixteen, prompts)
+    torch.testing.assert_close(rewards.load("hps_v3", "HPSv3.safetensors", batch_size=1)(sixteen, prompts), together, rtol=0, atol=1e-5)
 
 
 def test_names_of_newer_versions_are_taken_too(models):

@@ -139,8 +139,9 @@ def test_it_is_the_published_computation(models, tensors):
 
 
 def test_any_batch_size_is_the_same(models):
-    together = rewards.load("image_reward", "ImageReward.pt")(pictures(), PROMPTS)
-    torch.testing.assert_close(rewards.load("image_reward", "ImageReward.pt", batch_size=1)(pictures(), PROMPTS), together, rtol=0, atol=1e-5)
+    sixteen, prompts = (pictures() * 6)[:16], (PROMPTS[::-1] * 6)[:16]
+    together = rewards.load("image_reward", "ImageReward.pt", batch_size=16)(sixteen, prompts)
+    torch.testing.assert_close(rewards.load("image_reward", "ImageReward.pt", batch_size=1)(sixteen, prompts), together, rtol=0, atol=1e-5)
 
 
 def test_half_precision_is_of_the_file_alone(models, tensors):

@@ -177,8 +177,9 @@ def test_a_head_with_a_number_for_each_mark_is_asked_for_its_own(models, made):
 
 
 def test_any_batch_size_is_the_same(models):
-    together = rewards.load("video_align_overall", "VideoReward")(videos(), PROMPTS)
-    torch.testing.assert_close(rewards.load("video_align_overall", "VideoReward", batch_size=1)(videos(), PROMPTS), together, rtol=0, atol=1e-5)
+    sixteen, prompts = videos() * 8, (PROMPTS + PROMPTS[::-1]) * 4
+    together = rewards.load("video_align_overall", "VideoReward", batch_size=16)(sixteen, prompts)
+    torch.testing.assert_close(rewards.load("video_align_overall", "VideoReward", batch_size=1)(sixteen, prompts), together, rtol=0, atol=1e-5)
 
 
 def test_parts_share_one_model_and_one_pass(models, monkeypatch):
