@@ -35,8 +35,9 @@ def make(seed: int) -> StableDiffusionPipeline:
         block_out_channels=(48, 88), attention_head_dim=(2, 4), mid_block_type="UNetMidBlock2DCrossAttn",
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
     )
+    # "trailing" (arXiv 2305.08891): of few steps, "leading" ones end in a tiny one, whose log-probability would outweigh all the others' in training
     scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
-                              set_alpha_to_one=False, steps_offset=1)
+                              set_alpha_to_one=False, steps_offset=1, timestep_spacing="trailing")
     return StableDiffusionPipeline(unet=unet, scheduler=scheduler, **shared(DIFFUSION, torch.float32), safety_checker=None,
                                    feature_extractor=None, requires_safety_checker=False)
 
