@@ -9,6 +9,7 @@ import contextlib
 import datetime
 import functools
 import os
+import pickle
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -145,9 +146,11 @@ def on_first(make: Callable[[], T], told: bool = True) -> T | None:
             value = make()
         except BaseException as raised:  # the others wait, whatever it is
             error = raised
-    outcome = broadcast((None, value if told else None) if error is None else (_sendable(error), None))
-    if error is not None:
-        raise error
+    try:
+        outcome = broadcast((None, value if told else None) if error is None else (_sendable(error), None))
+    finally:
+        if error is not None:  # before a `Lost`: it is what people are to read
+            raise error
     if outcome[0] is not None:
         outcome[0].from_first = True  # who shows errors need not show it again
         raise outcome[0]
@@ -155,8 +158,12 @@ def on_first(make: Callable[[], T], told: bool = True) -> T | None:
 
 
 def _sendable(error: BaseException) -> BaseException:
+    """A copy without what other processes have not: the traceback stays with the error itself."""
     if isinstance(error, (DanceGRPOError, KeyboardInterrupt)):
-        return error.with_traceback(None)
+        try:
+            return pickle.loads(pickle.dumps(error))
+        except Exception:  # of a class that is made of other arguments than it keeps
+            return RunError(str(error))
     return RunError(f"{type(error).__name__}: {' '.join(str(error).split())}")
 
 
@@ -192,7 +199,7 @@ def gathered(rows: Tensor, places: Tensor, total: int, everywhere: bool = True) 
     """[total, ...] on the CPU: its row `places[k]` is some process's `rows[k]`. Each place is held by one process.
 
     In every process, or with everywhere=False in the first alone, None in the others. Processes may hold different numbers of rows,
-    also none, and then tell neither their shape nor their dtype.
+    also none, and then tell neither their shape nor their dtype. Raises `RunError`, in all, where a place is held by none or by several.
     """
     if count() == 1:
         return _placed([(rows, places)], total)
@@ -202,6 +209,9 @@ def gathered(rows: Tensor, places: Tensor, total: int, everywhere: bool = True) 
     kinds: list[Any] = [None] * count()
     with _talking():
         dist.all_gather_object(kinds, (tuple(rows.shape), rows.dtype, places.tolist()), group=_talk())
+    held = [place for *_, at in kinds for place in at]
+    if sorted(held) != list(range(total)):  # some rows would be whatever the memory held
+        raise RunError(f"of {total} samples the processes hold {len(held)}, {len(set(held))} different ones; accepted: each in one of them")
     (shape, dtype, _), most = next((kind for kind in kinds if kind[0][0]), kinds[0]), max(kind[0][0] for kind in kinds)
     padded = torch.zeros((most, *shape[1:]), dtype=dtype)
     if len(rows):

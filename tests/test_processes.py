@@ -25,14 +25,30 @@ def collectives():
         "few": processes.gathered(torch.tensor([float(p) for p in few]), torch.tensor(few, dtype=torch.int64), 2),
         "to_first": processes.gathered(rows, torch.tensor(mine), 7, everywhere=False),
         "sums": tensors, "first": processes.on_first(lambda: rank), "untold": processes.on_first(lambda: "mine", told=False),
-        "errors": [caught(kind) for kind in ("run", "workflow", "other", "key")],
+        "errors": [caught(kind) for kind in ("run", "workflow", "other", "key", "odd")],
+        "twice": refused(rows, mine if rank < count - 1 else processes.share(list(range(7)))[:-1] + [0]),
     }
+
+
+class Odd(RunError):
+    """Made of another argument than it keeps."""
+
+    def __init__(self, trouble):
+        super().__init__(trouble["said"])
+
+
+def refused(rows, places):
+    """What is said where one place is held by none."""
+    try:
+        processes.gathered(rows, torch.tensor(places, dtype=torch.int64), 7)
+    except RunError as error:
+        return str(error)
 
 
 def caught(kind):
     def fail():
         raise {"run": RunError("no reward").at('node 3 "Score"'), "workflow": WorkflowError("one", "two"), "other": ValueError("a\nb"),
-               "key": KeyboardInterrupt()}[kind]
+               "key": KeyboardInterrupt(), "odd": Odd({"said": "no answer"})}[kind]
 
     try:
         processes.on_first(fail)
@@ -55,10 +71,13 @@ def test_collectives(count, tmp_path):
         assert [t.unique().tolist() for t in found["sums"]] == [[total], [10 * total], [total]]
         assert [t.shape for t in found["sums"]] == [(3,), (2, 2), (5,)] and found["sums"][2].dtype == torch.float64
         assert found["untold"] == ("mine" if found["rank"] == 0 else None)
-        run, workflow, other, key = found["errors"]
+        run, workflow, other, key, odd = found["errors"]
         assert run == ("RunError", 'node 3 "Score": no reward', None) and workflow == ("WorkflowError", "one\ntwo", ["one", "two"])
         assert other == (("ValueError", "a\nb", None) if found["rank"] == 0 else ("RunError", "ValueError: a b", None))
         assert key[0] == "KeyboardInterrupt"
+        assert odd == ("Odd" if found["rank"] == 0 else "RunError", "no answer", None)
+        if count > 1:  # one alone takes its rows for what it says they are
+            assert found["twice"] == "of 7 samples the processes hold 7, 6 different ones; accepted: each in one of them"
 
 
 def test_what_stops_the_program_can_be_told_to_other_processes():
