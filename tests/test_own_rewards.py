@@ -92,6 +92,15 @@ def test_one_with_weights(custom):
     assert "found 'red.safetensors', which is in none of the folders searched" in valid("colour", "red.safetensors")
 
 
+def test_a_module_scores_as_it_does_after_training(custom):
+    (custom / "drops.py").write_text("import torch\n\n\nclass Drops(torch.nn.Module):\n    def __init__(self, source):\n        super().__init__()\n"
+                                     "        self.layer = torch.nn.Sequential(torch.nn.Linear(3, 1), torch.nn.Dropout(0.9))\n\n"
+                                     "    def forward(self, pictures, prompts):\n        self.scores = self.layer(pictures.mean((1, 2)))\n"
+                                     "        return self.scores\n\n\nload = Drops\n")
+    reward = load("drops")
+    assert torch.equal(reward(PICTURES, PROMPTS), reward(PICTURES, PROMPTS)) and not reward.loaded.scores.requires_grad
+
+
 def test_a_workflow_trains_on_one(custom, cli, loop_only, saved, tiny_loop, tmp_path):
     (custom / "brightness.py").write_text(BRIGHTNESS)
     loop_only["3"]["inputs"]["reward"] = "brightness"

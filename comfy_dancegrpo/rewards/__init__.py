@@ -71,7 +71,14 @@ def load(name: str, model: str = EMBEDDED, batch_size: int = 32, base: str = PUB
     kind.check()
     made_of = replace(source(name, kind, model, base), part=kind.part, fps=fps)
     module = kind.imported()
-    return Reward(name, Deferred(lambda: module.load(made_of)), batch_size, whole_videos=kind.whole_videos, **options)
+    return Reward(name, Deferred(lambda: _scoring(module.load(made_of))), batch_size, whole_videos=kind.whole_videos, **options)
+
+
+def _scoring(function: RewardFunction) -> RewardFunction:
+    """As it scores: a module without dropout, and none of its weights trains."""
+    import torch
+
+    return function.requires_grad_(False).eval() if isinstance(function, torch.nn.Module) else function
 
 
 def _kind(name: str) -> Kind:

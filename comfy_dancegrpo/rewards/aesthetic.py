@@ -45,4 +45,4 @@ class Aesthetic(nn.Module):
 def load(source: Source) -> Aesthetic:
     model = clip.model(source.base)
     layers = weights.fill(lambda: Layers(model.config.projection_dim), weights.read(source.model), source.model).float()
-    return Aesthetic(clip.Clip(model, None, clip.processor(source.base, False)), layers).requires_grad_(False).eval()
+    return Aesthetic(clip.Clip(model, None, clip.processor(source.base, False)), layers)

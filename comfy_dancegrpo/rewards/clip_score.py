@@ -14,7 +14,5 @@ from .base import Source
 def load(source: Source) -> clip.Clip:
     if source.model.is_dir():
         folder = source.base or source.model
-        reward = clip.Clip(clip.model(source.model), clip.tokenizer(folder), clip.processor(folder))
-    else:
-        reward = clip.Clip(open_clip.load(source.model, source.base), clip.tokenizer(source.base), clip.processor(source.base, False), clip.clean)
-    return reward.requires_grad_(False).eval()
+        return clip.Clip(clip.model(source.model), clip.tokenizer(folder), clip.processor(folder))
+    return clip.Clip(open_clip.load(source.model, source.base), clip.tokenizer(source.base), clip.processor(source.base, False), clip.clean)

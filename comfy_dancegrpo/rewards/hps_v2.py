@@ -23,8 +23,7 @@ from .preprocessing import normalised
 def load(source: Source) -> clip.Clip:
     model = open_clip.load(source.model, source.base)
     size = model.config.vision_config.image_size
-    reward = clip.Clip(model, clip.tokenizer(source.base), lambda pictures: preprocessed(pictures, size), clip.clean)
-    return reward.requires_grad_(False).eval()
+    return clip.Clip(model, clip.tokenizer(source.base), lambda pictures: preprocessed(pictures, size), clip.clean)
 
 
 def preprocessed(pictures: Sequence[np.ndarray], size: int) -> Tensor:

@@ -39,4 +39,4 @@ def _head(width: int) -> nn.Sequential:
 
 
 def load(source: Source) -> HPSv3:
-    return HPSv3(source).requires_grad_(False).eval()
+    return HPSv3(source)

@@ -88,4 +88,4 @@ def _rows(tensors: dict[str, Tensor], name: str) -> int:
 
 
 def load(source: Source) -> ImageReward:
-    return ImageReward(source).float().requires_grad_(False).eval()
+    return ImageReward(source).float()

@@ -25,4 +25,4 @@ class PickScore(clip.Clip):
 
 def load(source: Source) -> PickScore:
     folder = source.base or source.model
-    return PickScore(clip.model(source.model), clip.tokenizer(folder), clip.processor(folder)).requires_grad_(False).eval()
+    return PickScore(clip.model(source.model), clip.tokenizer(folder), clip.processor(folder))

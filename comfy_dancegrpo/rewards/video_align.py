@@ -61,7 +61,6 @@ class VideoAlign(nn.Module):
         self.judge = qwen2_vl.Judge(source.base, tensors, MARKS, partial(nn.Linear, out_features=outputs, bias=False), path)
         self.instruction = INSTRUCTION.read_text(encoding="utf-8")
         self._remembered: OrderedDict[bytes, Tensor] = OrderedDict()
-        self.requires_grad_(False).eval()
 
     def forward(self, videos: Sequence[Tensor], prompts: Sequence[str], fps: float) -> Tensor:
         """N videos [F, H, W, 3] in 0..1, to [N, 3] raw scores."""
