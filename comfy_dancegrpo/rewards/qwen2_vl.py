@@ -154,6 +154,6 @@ class Judge(nn.Module):
 
 def _tokenizer(base: Path):
     try:
-        return AutoTokenizer.from_pretrained(base, local_files_only=True)
+        return AutoTokenizer.from_pretrained(base, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise RunError(f"{base}: transformers cannot load its tokenizer ({' '.join(str(error).split())[:200]})") from None
