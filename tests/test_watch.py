@@ -73,6 +73,14 @@ def log_of(folder, values, rule, saved=()):
     return log
 
 
+def test_a_first_line_that_was_broken_off_is_dropped(folder):
+    folder.watch.write_text('{"iteration": 0, "rew')  # a full disk
+    log = WatchLog(folder, None)
+    log.cut_after(0)
+    log.add(rows(0.5)[0], state(0), 4)
+    assert WatchLog(folder, None).rows == rows(0.5)
+
+
 @pytest.mark.parametrize("patience, verdicts", [(1, [0, 0, 1, 0, 1, 1]), (2, [0, 0, 0, 0, 0, 1]), (3, [0] * 6)])
 def test_patience_counts_evaluations_in_a_row(folder, patience, verdicts):
     log, found = WatchLog(folder, Rule((0.1,), patience)), []

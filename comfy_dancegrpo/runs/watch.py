@@ -58,11 +58,11 @@ class WatchLog:
         self._folder, self._rule = folder, rule or Rule(())
         self.saved = 0  # iteration of the run's last checkpoint: what was the best there stays on disk, for a killed run goes on from there
         self.settle: Callable[[], None] = lambda: None  # waits for a checkpoint that is being written
-        self.rows = metrics.read(folder.watch)
+        self.rows = metrics.read(folder.watch) if processes.is_first() else []  # the others are told: their view of a shared folder may be older
 
     def cut_after(self, iteration: int) -> None:
-        """Drops the evaluations after `iteration`: a resumed run makes them again."""
-        if self.rows:
+        """Drops the evaluations after `iteration`, and a line that was broken off: a resumed run makes them again."""
+        if self._folder.watch.is_file():
             metrics.cut_after(self._folder.watch, iteration)
             self.rows = metrics.read(self._folder.watch)
 
