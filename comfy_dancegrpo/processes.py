@@ -85,6 +85,11 @@ def device():
     return host().device() or _state().device
 
 
+def tell_accelerate() -> None:
+    """For what of accelerate asks for its state: under a host with a device of its own nothing has made it."""
+    _state()
+
+
 @contextlib.contextmanager
 def outside_inference_mode() -> Iterator[None]:
     """ComfyUI runs nodes under `torch.inference_mode`; weights made there could never be trained through."""

@@ -2,7 +2,8 @@
 
     {"allowed_hosts": ["gpu-box:8190", "judge.example"],        hosts that rewards may call; without a port, at any
      "api_keys": {"judge.example": "sk-…"},                      sent to that host alone
-     "reward_folders": ["~/models/reward_models/custom"]}        whose .py files are rewards: what is in there may be executed
+     "reward_folders": ["~/models/reward_models/custom"],        whose .py files are rewards: what is in there may be executed
+     "trackers": ["tensorboard"]}                                which log every run
 
 A JSON file: $DANCEGRPO_SETTINGS, or settings.json in the user's configuration folder. It is read anew each time.
 """
@@ -21,17 +22,19 @@ from typing import Any
 from .errors import RunError
 
 PATH = "DANCEGRPO_SETTINGS"  # an environment variable
-FOLDERS = "reward_folders"
+FOLDERS, TRACKERS = "reward_folders", "trackers"
 API_KEYS = "DANCEGRPO_API_KEYS"  # another: "HOST[:PORT]=KEY", several with spaces between; these come before the file's
 
 
 @dataclass(frozen=True)
 class Settings:
-    """allowed_hosts: HOST or HOST:PORT each. api_keys: a key by HOST or HOST:PORT. reward_folders: of .py files that are rewards; "~" is home."""
+    """allowed_hosts: HOST or HOST:PORT each. api_keys: a key by HOST or HOST:PORT. reward_folders: of .py files that are rewards; "~" is home.
+    trackers: names of `runs.trackers`."""
 
     allowed_hosts: tuple[str, ...] = ()
     api_keys: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}), repr=False)
     reward_folders: tuple[str, ...] = ()
+    trackers: tuple[str, ...] = ()
 
 
 def path() -> Path:
@@ -59,7 +62,7 @@ def read() -> Settings:
         raise RunError(f"the settings {path()} are not JSON in UTF-8") from None
     checked = _checked(found)
     return Settings(tuple(checked.get("allowed_hosts", ())), {**checked.get("api_keys", {}), **_keys_of_the_environment()},
-                    tuple(checked.get(FOLDERS, ())))
+                    tuple(checked.get(FOLDERS, ())), tuple(checked.get(TRACKERS, ())))
 
 
 def _checked(found: Any) -> dict[str, Any]:
@@ -74,6 +77,9 @@ def _checked(found: Any) -> dict[str, Any]:
         raise RunError(f'the settings {path()}: "api_keys": accepted: an object of "HOST" or "HOST:PORT" and the key for it')
     if not isinstance(folders, list) or not all(isinstance(folder, str) and os.path.isabs(os.path.expanduser(folder)) for folder in folders):
         raise RunError(f'the settings {path()}: "{FOLDERS}": found {folders!r}, accepted: a list of folders, from the root or from "~" on')
+    trackers = found.get(TRACKERS, [])
+    if not isinstance(trackers, list) or not all(isinstance(name, str) for name in trackers):
+        raise RunError(f'the settings {path()}: "{TRACKERS}": found {trackers!r}, accepted: a list of names')
     return found
 
 

@@ -7,6 +7,7 @@ from comfy_dancegrpo.errors import RunError
 from comfy_dancegrpo.grpo import optimizers
 from comfy_dancegrpo.grpo.schedules import SCHEDULES
 from comfy_dancegrpo.lora import ALL_WEIGHTS
+from comfy_dancegrpo.runs import trackers
 from comfy_dancegrpo.runs.folder import MAY_CHANGE, ON_EXISTING, name_problem
 from comfy_dancegrpo.workflow import loop
 from comfy_dancegrpo.workflow.host import host
@@ -73,7 +74,7 @@ class LoopStart:
     def VALIDATE_INPUTS(cls, run_name, optimizer="adamw"):
         if optimizer is not None and optimizer not in optimizers.OPTIMIZERS:
             return f'input "optimizer": found {optimizer!r}, accepted: {", ".join(map(repr, optimizers.OPTIMIZERS))}'
-        return (run_name is not None and name_problem(run_name, "run_name")) or (optimizer and optimizers.problem(optimizer)) or True
+        return (run_name is not None and name_problem(run_name, "run_name")) or (optimizer and optimizers.problem(optimizer)) or trackers.problem_of_settings() or True
 
     def start(self, **inputs):
         return loop.blocked(len(self.RETURN_TYPES))

@@ -50,13 +50,15 @@ def run(workflow: Workflow, output: Output = Path("output"), models: Models = No
         seed: Seed = None, allow_host: AllowHost = None,
         processes: Annotated[Optional[int], typer.Option(min=1, help="How many train together: every visible GPU, or 1.", show_default=False)] = None,
         config: Annotated[Optional[Path], typer.Option(metavar="FILE", help="Starts them by accelerate, as this file of its says.", show_default=False)] = None,
+        track: Annotated[Optional[list[str]], typer.Option(metavar="NAME", show_default=False,
+                                                           help="Logs the run: tensorboard, wandb, or another of accelerate's trackers. Repeatable.")] = None,
         debug: Debug = False) -> None:
     """Runs a workflow: checks it whole, then trains, on every visible GPU."""
     from . import launch
     from .session import Options, prepare, resume_command
 
     launch.end_with_the_launcher()
-    options = Options(output, input, models, extra_model_paths, comfyui, run, iterations, seed, set_ or [], allow_host or [])
+    options = Options(output, input, models, extra_model_paths, comfyui, run, iterations, seed, set_ or [], allow_host or [], track or [])
     host = None
 
     def resume() -> str:

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from comfy_dancegrpo.addresses import Place
 from comfy_dancegrpo import processes
 from comfy_dancegrpo.errors import WorkflowError
+from comfy_dancegrpo.runs import trackers
 from comfy_dancegrpo.workflow.host import use
 
 from .console import ConsoleHost
@@ -35,6 +36,7 @@ class Options:
     seed: int | None = None
     overrides: list[str] = field(default_factory=list)
     allow_host: list[str] = field(default_factory=list)
+    track: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,9 @@ class Nodes:
 
 
 def make_host(options: Options, kind: type[HostT] = ConsoleHost) -> tuple[HostT, Nodes]:
-    """A host of this kind and its nodes. Raises WorkflowError for a paths file, a ComfyUI folder or an allowed host that is not one."""
+    """A host of this kind and its nodes. Raises WorkflowError for a paths file, a ComfyUI folder, an allowed host or a tracker that is not one."""
+    if found := next(filter(None, map(trackers.problem, options.track)), None):
+        raise WorkflowError(f"--track: {found}")
     root = options.comfyui
     paths = ModelPaths(options.models or (root / "models" if root else Path("models")))
     input = options.input or (root / "input" if root else Path("input"))
@@ -62,7 +66,7 @@ def make_host(options: Options, kind: type[HostT] = ConsoleHost) -> tuple[HostT,
             paths.read(file)
     nodes = _collect(options, input, paths)
     host = kind(nodes.registry, options.output, input, paths, nodes.lent)
-    host.allowed_hosts = tuple(map(_checked_host, options.allow_host))
+    host.allowed_hosts, host.trackers = tuple(map(_checked_host, options.allow_host)), tuple(options.track)
     return host, nodes
 
 
@@ -140,7 +144,7 @@ def resume_command(host: ConsoleHost, workflow: Path, options: Options) -> str:
         value = getattr(options, option)
         if value is not None:
             words += ["--" + option.replace("_", "-"), str(value)]
-    for option, values in (("--allow-host", options.allow_host), ("--set", options.overrides)):
+    for option, values in (("--allow-host", options.allow_host), ("--set", options.overrides), ("--track", options.track)):
         words += [word for value in values for word in (option, value)]
     for start in loop_starts(host.prompt, host.registry):
         if host.prompt[start]["inputs"].get("on_existing", "resume") != "resume":

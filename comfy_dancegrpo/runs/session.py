@@ -27,6 +27,7 @@ from ..workflow.host import host
 from . import checkpoints, environment, history, live, metrics, picture_statistics, report
 from .folder import RunFolder, claim
 from .prompt_cache import PromptCache
+from .trackers import Trackers
 from .watch import Rule, WatchLog
 
 ENCODED_AHEAD = 16  # iterations whose prompts are encoded together, on an accelerator
@@ -124,6 +125,7 @@ class Session:
             if self.action != "reopen":
                 processes.on_first(lambda: environment.note(self.folder, self._done))
             self.live = LivePolicy(self.policy, learner, settings, self.prompts.prompts, self.watch)
+            self._trackers = None if self.action == "reopen" else Trackers(self.folder, self._done, len(self.watch.rows))
             undo.pop_all()
         processes.on_first(lambda: live.forget_stop(self.folder))
         host().run_started(self.folder.path, self._node_id)
@@ -225,6 +227,8 @@ class Session:
     def _keep_iteration(self, row: dict, stats: UpdateStats) -> None:
         """A checkpoint when one is due, and what people are shown."""
         every = self.settings.checkpoint_every
+        pictures = history.keep(self.folder, self._done, stats)
+        self._trackers.log(row, self.watch.rows, pictures, str(stats.advantages.scores.rollout.prompts[0]))  # before the checkpoint that makes it final
         self._writer.check()
         if self.finished or (every and self._done % every == 0):
             self._save("finished" if self.finished else "running")
@@ -299,8 +303,10 @@ class Session:
         finally:
             if processes.is_first():
                 live.forget_stop(self.folder)
-                if self._done and self.action != "reopen" and not (kind and issubclass(kind, KeyboardInterrupt)):  # that one is not to wait
-                    report.leave(self.folder.path)
+                if self.action != "reopen" and not (kind and issubclass(kind, KeyboardInterrupt)):  # that one is not to wait
+                    self._trackers.close()
+                    if self._done:
+                        report.leave(self.folder.path)
             self._let_go()
             host().run_ended(self.folder.path, "finished" if self.finished else "stopped")
 
