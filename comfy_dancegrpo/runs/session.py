@@ -238,7 +238,6 @@ class Session:
         self._seconds.append(row["seconds"]["total"])
         left = sum(self._seconds) / len(self._seconds) * (self.settings.iterations - self._done)
         live.write(self.folder, self._done, self.settings.iterations, left, stats)
-        history.keep(self.folder, self._done, stats)
         host().progress(self._done, self.settings.iterations, self._line(row))
         if self.finished and not self.watch.verdict and (line := self.watch.better()):
             host().say(line)
