@@ -25,16 +25,19 @@ class Update:
             "train_fraction": wires.number(0.6, 0.01, 1.0, "Share of each picture's steps that is trained, drawn anew: 0.6 for flows, 1 for Stable Diffusion.", 0.05),
             "optimizer_steps": wires.integer(1, 1, 1024, "For each rollout, each on its own share of the trained steps."),
             "max_grad_norm": wires.number(1.0, 1e-6, 1e6, "The gradient is scaled down to this norm.", 0.1),
+        }, "optional": {
+            "max_skipped_steps": wires.integer(3, 0, 1_000_000, "How many optimizer steps in a row may be skipped because their loss or gradient is NaN "
+                                               "or infinite; one more stops the run."),
         }}
 
-    def update(self, policy, advantages, clip_range, train_fraction, optimizer_steps, max_grad_norm):
+    def update(self, policy, advantages, clip_range, train_fraction, optimizer_steps, max_grad_norm, max_skipped_steps=3):
         from comfy_dancegrpo.grpo import update as grpo
 
         def tick(done: int, total: int) -> None:
             host().check_interrupt()
             host().progress(done, total)
 
-        settings = grpo.UpdateSettings(clip_range, train_fraction, optimizer_steps, max_grad_norm)
+        settings = grpo.UpdateSettings(clip_range, train_fraction, optimizer_steps, max_grad_norm, max_skipped_steps)
         host().load(policy.policy)
         try:
             return (grpo.update(policy.learner, advantages, settings, tick),)

@@ -129,7 +129,7 @@ def test_loop_options_need_a_loop_start(dancegrpo, tmp_path):
     assert done.returncode == 2 and "--seed: the workflow has no Loop Start" in done.stderr
 
 
-RESUME = "; resume with: dancegrpo run flow.json --output output --run run --set {} --set 1.on_existing=resume"
+RESUME = "; resume with: dancegrpo run flow.json --output output --run run --set {} --resume"
 
 
 @pytest.mark.parametrize("fault, status, line", [

@@ -28,7 +28,7 @@ RECORDED = {
     "DanceGRPOAdjustScores": ("scores operation threshold low high column", "", "DANCEGRPO_SCORES"),
     "DanceGRPOAdvantage": ("scores clamp", "combine best_of", "DANCEGRPO_ADVANTAGES"),
     "DanceGRPOSample": ("policy prompts steps guidance_scale width height frames noise_seed samples_per_prompt", "lora", "IMAGE"),
-    "DanceGRPOUpdate": ("policy advantages clip_range train_fraction optimizer_steps max_grad_norm", "", "DANCEGRPO_UPDATE"),
+    "DanceGRPOUpdate": ("policy advantages clip_range train_fraction optimizer_steps max_grad_norm", "max_skipped_steps", "DANCEGRPO_UPDATE"),
     "DanceGRPOLoopEnd": ("update", "", "DANCEGRPO_LORA DANCEGRPO_RUN"),
     "DanceGRPOLoopRunner": ("body", "", "DANCEGRPO_LORA DANCEGRPO_RUN"),
     "DanceGRPOEvaluate": (

@@ -287,14 +287,52 @@ def test_a_gradient_that_is_no_number_leaves_everything_as_it_was(poison):
     learner, advantages = case(ema_decay=0.9)
     before = {name: value.clone() for name, value in learner.state().items()}
     handle = next(iter(learner.parameters.values())).register_hook(lambda g: g * poison)
-    with pytest.raises(NotFinite):
-        update(learner, advantages, ALL)
+    with pytest.raises(NotFinite, match='step 1 in a row; input "max_skipped_steps" lets 0 be skipped'):
+        update(learner, advantages, dataclasses.replace(ALL, max_skipped_steps=0))
     handle.remove()
     assert all(torch.equal(value, before[name]) for name, value in learner.state().items())
     update(learner, advantages, ALL)  # and nothing of it is left behind
     clean, same = case(ema_decay=0.9)
     update(clean, same, ALL)
     assert all(torch.equal(value, clean.state()[name]) for name, value in learner.state().items())
+
+
+@pytest.mark.parametrize("poison", [math.nan, math.inf])
+def test_a_step_that_is_no_number_is_skipped_and_the_others_are_taken(poison):
+    """The second of three: what is left is the run whose second step had no gradient and took none."""
+    settings = dataclasses.replace(ALL, optimizer_steps=3, max_skipped_steps=1)
+    (learner, advantages), (clean, same) = case(ema_decay=0.9), case(ema_decay=0.9)
+    steps, clip = [], learner.clip_grad_norm
+
+    def poisoned(limit):
+        steps.append(1)
+        return poison if len(steps) == 2 else clip(limit)
+
+    learner.clip_grad_norm = poisoned
+    stats = update(learner, advantages, settings)
+    assert (stats.skipped_steps, learner.skipped, learner.version[1]) == (1, 0, 1)  # in a row: the third was taken
+    clean_step, taken = clean.optimizer_step, []
+    clean.optimizer_step = lambda: clean.zero_grad() if taken.append(1) or len(taken) == 2 else clean_step()
+    expected = update(clean, same, settings)
+    assert all(torch.equal(value, clean.state()[name]) for name, value in learner.state().items())
+    assert all(math.isfinite(value) for value in (stats.loss, stats.grad_norm, stats.approx_kl, stats.ratio_deviation))
+    assert stats.ratio_deviation == expected.ratio_deviation and stats.transitions == 2 * expected.transitions // 3
+
+
+def test_skipped_steps_in_a_row_are_counted_over_iterations_and_checkpoints():
+    settings = dataclasses.replace(ALL, max_skipped_steps=2)
+    learner, _ = case(drift=0.0)
+    before = flat(learner.parameters.values())
+    next(iter(learner.parameters.values())).register_hook(lambda g: g * math.nan)
+    for iteration in range(2):
+        stats = update(learner, advantages_of(rollout_of(learner, iteration)), settings)
+        assert (stats.skipped_steps, stats.loss, stats.grad_norm, stats.transitions) == (1, 0.0, 0.0, 0) and learner.skipped == iteration + 1
+    again, _ = case(drift=0.0)
+    again.load_state(learner.state())
+    next(iter(again.parameters.values())).register_hook(lambda g: g * math.nan)
+    with pytest.raises(NotFinite, match="optimizer step 3 in a row"):
+        update(again, advantages_of(rollout_of(again, 2)), settings)
+    assert (flat(again.parameters.values()) == before).all()
 
 
 def test_an_update_that_was_interrupted_leaves_no_gradient_behind():

@@ -52,19 +52,20 @@ def run(workflow: Workflow, output: Output = Path("output"), models: Models = No
         config: Annotated[Optional[Path], typer.Option(metavar="FILE", help="Starts them by accelerate, as this file of its says.", show_default=False)] = None,
         track: Annotated[Optional[list[str]], typer.Option(metavar="NAME", show_default=False,
                                                            help="Logs the run: tensorboard, wandb, or another of accelerate's trackers. Repeatable.")] = None,
+        resume: Annotated[bool, typer.Option("--resume", help="Goes on with the run of that name, as Loop Start's on_existing=resume does.")] = False,
         debug: Debug = False) -> None:
     """Runs a workflow: checks it whole, then trains, on every visible GPU."""
     from . import launch
     from .session import Options, prepare, resume_command
 
     launch.end_with_the_launcher()
-    options = Options(output, input, models, extra_model_paths, comfyui, run, iterations, seed, set_ or [], allow_host or [], track or [])
+    options = Options(output, input, models, extra_model_paths, comfyui, run, iterations, seed, set_ or [], allow_host or [], track or [], resume)
     host = None
 
-    def resume() -> str:
+    def how() -> str:
         return f"; resume with: {resume_command(host, workflow, options)}" if host and host.run_folder else ""
 
-    with _reported(debug, resume):
+    with _reported(debug, how):
         from comfy_dancegrpo import processes as together
         from comfy_dancegrpo.workflow.execute import execute
         from comfy_dancegrpo.workflow.host import use

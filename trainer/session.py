@@ -37,6 +37,7 @@ class Options:
     overrides: list[str] = field(default_factory=list)
     allow_host: list[str] = field(default_factory=list)
     track: list[str] = field(default_factory=list)
+    resume: bool = False
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,7 @@ def prepare(workflow: Path, options: Options) -> ConsoleHost:
         saved = read_workflow(workflow)
         with use(host):  # the choices of a combo may be files of the model folders
             prompt = to_prompt(saved, nodes.object_info())
-            prompt = apply_overrides(prompt, nodes.registry, [*_loop_overrides(prompt, nodes.registry, options), *options.overrides])
+            prompt = apply_overrides(prompt, nodes.registry, _overrides(prompt, nodes.registry, options))
             check(prompt, nodes.registry)
         return saved.raw, prompt, {"workflow": saved.data} if saved.format == "ui" else None
 
@@ -121,14 +122,17 @@ def check(prompt: dict[str, Any], registry: dict[str, type]) -> None:
     check_loops(prompt, registry)
 
 
-def _loop_overrides(prompt: dict[str, Any], registry: dict[str, type], options: Options) -> list[str]:
-    """--run, --iterations and --seed as overrides of every Loop Start."""
-    given = {"run": ("run_name", options.run), "iterations": ("iterations", options.iterations), "seed": ("seed", options.seed)}
+def _overrides(prompt: dict[str, Any], registry: dict[str, type], options: Options) -> list[str]:
+    """--run, --iterations, --seed and --resume as overrides of every Loop Start, around those of --set."""
+    given = {"run": ("run_name", options.run), "iterations": ("iterations", options.iterations), "seed": ("seed", options.seed),
+             "resume": ("on_existing", "resume" if options.resume else None)}  # which no --set takes back: it ends the command that resumes
     given = {option: (name, value) for option, (name, value) in given.items() if value is not None}
     starts = loop_starts(prompt, registry)
     if given and not starts:
         raise WorkflowError(f"--{next(iter(given))}: the workflow has no Loop Start to set it on")
-    return [f"{start}.{name}={value}" for start in starts for name, value in given.values()]
+    resume = given.pop("resume", None)
+    return [*(f"{start}.{name}={value}" for start in starts for name, value in given.values()), *options.overrides,
+            *(f"{start}.{resume[0]}={resume[1]}" for start in starts if resume)]
 
 
 def loop_starts(prompt: dict[str, Any], registry: dict[str, type]) -> list[str]:
@@ -138,7 +142,7 @@ def loop_starts(prompt: dict[str, Any], registry: dict[str, type]) -> list[str]:
 
 
 def resume_command(host: ConsoleHost, workflow: Path, options: Options) -> str:
-    """The command that goes on with the host's run: the options as given, the run's name, and Loop Start told to resume."""
+    """The command that goes on with the host's run: the options as given, the run's name, and --resume where Loop Start is not told that."""
     words = ["dancegrpo", "run", str(workflow), "--output", str(options.output), "--run", host.run_folder.name]
     for option in ("input", "models", "extra_model_paths", "comfyui", "iterations", "seed"):
         value = getattr(options, option)
@@ -146,7 +150,7 @@ def resume_command(host: ConsoleHost, workflow: Path, options: Options) -> str:
             words += ["--" + option.replace("_", "-"), str(value)]
     for option, values in (("--allow-host", options.allow_host), ("--set", options.overrides), ("--track", options.track)):
         words += [word for value in values for word in (option, value)]
-    for start in loop_starts(host.prompt, host.registry):
-        if host.prompt[start]["inputs"].get("on_existing", "resume") != "resume":
-            words += ["--set", f"{start}.on_existing=resume"]
+    told = [host.prompt[start]["inputs"].get("on_existing", "resume") for start in loop_starts(host.prompt, host.registry)]
+    if options.resume or any(value != "resume" for value in told):
+        words.append("--resume")
     return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)

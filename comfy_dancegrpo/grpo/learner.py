@@ -44,6 +44,7 @@ class Learner:
             raise ValueError("there is nothing to train: no parameter was given")
         self.policy, self.parameters, self.settings, self._written = policy, parameters, settings, written
         self.version = (run, 0)
+        self.skipped = 0  # optimizer steps in a row, up to now, that were left out
         self.optimizer = optimizers.make(settings.name, parameters.values(), settings)
         self.ema = {name: p.detach().clone() for name, p in parameters.items()} if settings.ema_decay else None
 
@@ -110,7 +111,7 @@ class Learner:
                 else:
                     numbers.setdefault(name, {})[key] = value
         tensors[_REST] = _packed({"groups": groups, "numbers": numbers})
-        tensors["version"] = torch.tensor(self.version[1])
+        tensors["version"], tensors["skipped"] = torch.tensor(self.version[1]), torch.tensor(self.skipped)
         return tensors
 
     def result(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -140,7 +141,7 @@ class Learner:
             if self.ema is not None:
                 self.ema[name].copy_(tensors[f"ema.{name}"])
         self._written()
-        self.version = (self.version[0], int(tensors["version"]))
+        self.version, self.skipped = (self.version[0], int(tensors["version"])), int(tensors.get("skipped", 0))
 
 
 def _packed(value: dict) -> Tensor:

@@ -25,23 +25,26 @@ class StaleRollout(ValueError):
 
 
 class NotFinite(ArithmeticError):
-    """A loss or gradient is NaN or infinite; the policy was not changed by it."""
+    """Losses or gradients of more optimizer steps in a row than may be skipped are NaN or infinite; the policy was not changed by them."""
 
 
 @dataclass(frozen=True)
 class UpdateSettings:
     """clip_range: c of the objective. train_fraction: share of the trainable transitions that is trained, drawn anew for
-    each sample. optimizer_steps: per rollout, each on its own share of the transitions. max_grad_norm: of the whole gradient."""
+    each sample. optimizer_steps: per rollout, each on its own share of the transitions. max_grad_norm: of the whole gradient. max_skipped_steps: how many
+    optimizer steps in a row may be left out because their loss or gradient is NaN or infinite."""
 
     clip_range: float = 1e-4
     train_fraction: float = 0.6
     optimizer_steps: int = 1
     max_grad_norm: float = 1.0
+    max_skipped_steps: int = 3
 
 
 @dataclass(frozen=True)
 class UpdateStats:
-    """What an update did. ratio_deviation: largest |rho - 1| over the transitions of the first optimizer step (0 if none)."""
+    """What an update did. ratio_deviation: largest |rho - 1| over the transitions of the first optimizer step (0 if none).
+    skipped_steps: optimizer steps whose loss or gradient was no number; nothing else here is of them, but for finite ratios of the first."""
 
     loss: float
     ratio_deviation: float
@@ -54,6 +57,7 @@ class UpdateStats:
     seconds: float
     clip_range: float
     advantages: Advantages = field(repr=False)
+    skipped_steps: int = 0
 
 
 def chosen_transitions(rollout: Rollout, sample: int, fraction: float) -> list[int]:
@@ -83,7 +87,7 @@ def update(learner: Learner, advantages: Advantages, settings: UpdateSettings,
     `tick(pairs done, pairs in all)`, of this process, is called after each; it may raise to stop.
 
     Raises:
-        StaleRollout: the rollout is of another version of the policy. NotFinite: a loss or gradient is not a number.
+        StaleRollout: the rollout is of another version of the policy. NotFinite: too many steps in a row whose loss or gradient is not a number.
     """
     rollout, start = advantages.scores.rollout, time.perf_counter()
     if rollout.version != learner.version:
@@ -96,37 +100,52 @@ def update(learner: Learner, advantages: Advantages, settings: UpdateSettings,
     here = {n: row for row, n in enumerate(rollout.places.tolist())}
     own = [[(n, t) for n, t in pairs if n in here] for pairs in parts]
     total, done = sum(map(len, own)), 0
-    losses, ratios, norms = [], [[] for _ in parts], []
+    losses, ratios, norms, skipped = [], [[] for _ in parts], [], set()
     learner.zero_grad()  # of an update that was interrupted
     with torch.inference_mode(False), torch.enable_grad():
-        for pairs, pairs_here, ratios_here in zip(parts, own, ratios):
-            for loss, ratio in _accumulate(learner, advantages, pairs_here, here, len(pairs), settings.clip_range, calls):
-                losses.append(loss), ratios_here.append(ratio)
+        for k, pairs_here in enumerate(own):
+            of_step = []
+            for loss, ratio in _accumulate(learner, advantages, pairs_here, here, len(parts[k]), settings.clip_range, calls):
+                of_step.append(loss), ratios[k].append(ratio)
                 done += len(ratio)
                 tick(done, total)
             _sum_gradients(learner)
             norm = learner.clip_grad_norm(settings.max_grad_norm)
-            if not math.isfinite(norm):
-                learner.zero_grad()
-                raise NotFinite(f"the gradient's norm is {norm}; its step was not taken")
+            if processes.any_of(not math.isfinite(norm) or not all(bool(loss.isfinite().all()) for loss in of_step)):
+                _skip(learner, norm, settings.max_skipped_steps)
+                skipped.add(k)
+                continue
+            losses += of_step
             norms.append(norm)
             learner.optimizer_step()
+            learner.skipped = 0
     learning_rate = learner.learning_rate
     learner.finish_iteration()
-    every = _of_all([torch.cat(r) for r in ratios if r])
+    every = _of_all([torch.cat(r) for k, r in enumerate(ratios) if r and k not in skipped])
     first = _of_all(ratios[0] if ratios else [])
+    first = first[first.isfinite()]
     found = _of_all(losses)
     calls = sum(processes.all_of(calls), CallCount())
-    if not parts:
-        return UpdateStats(0.0, 0.0, 0.0, 0.0, 0.0, learning_rate, 0, calls, time.perf_counter() - start, settings.clip_range, advantages)
+    deviation = (first - 1).abs().max().item() if len(first) else 0.0
+    if not norms:
+        return UpdateStats(0.0, deviation, 0.0, 0.0, 0.0, learning_rate, 0, calls, time.perf_counter() - start, settings.clip_range, advantages, len(skipped))
     return UpdateStats(
         loss=found.mean().item(),
-        ratio_deviation=(first - 1).abs().max().item(),
+        ratio_deviation=deviation,
         clip_fraction=((every - 1).abs() > settings.clip_range).double().mean().item(),
         approx_kl=(every - 1 - every.log()).mean().item(),
         grad_norm=sum(norms) / len(norms), learning_rate=learning_rate, transitions=len(every), calls=calls,
-        seconds=time.perf_counter() - start, clip_range=settings.clip_range, advantages=advantages,
+        seconds=time.perf_counter() - start, clip_range=settings.clip_range, advantages=advantages, skipped_steps=len(skipped),
     )
+
+
+def _skip(learner: Learner, norm: float, most: int) -> None:
+    """Leaves out an optimizer step. Raises `NotFinite` where `most` in a row were left out already."""
+    learner.zero_grad()
+    if learner.skipped >= most:
+        raise NotFinite(f"the loss or the gradient is NaN or infinite (the gradient's norm is {norm}) in optimizer step {learner.skipped + 1} in a row; "
+                        f'input "max_skipped_steps" lets {most} be skipped. None of them was taken')
+    learner.skipped += 1
 
 
 def _sum_gradients(learner: Learner) -> None:

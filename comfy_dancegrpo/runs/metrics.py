@@ -43,6 +43,7 @@ def row(iteration: int, stats: UpdateStats, total_seconds: float, held_up: float
         "flat_groups": int(stats.advantages.flat.sum()),
         "trained_samples": int(stats.advantages.trained.sum()),
         "transitions": stats.transitions,
+        "skipped_steps": stats.skipped_steps,
         "denoiser_calls": {
             "forward": rollout.calls.forward + stats.calls.forward,
             "backward": rollout.calls.backward + stats.calls.backward,

@@ -235,6 +235,9 @@ class Session:
         if stats.ratio_deviation > self.ratio_limit(stats):
             host().say(f"WARNING: iteration {self._done}: ratio deviation {stats.ratio_deviation:.1e}, accepted: "
                        f"{self.ratio_limit(stats):g}; the replay differs from the rollout, so the gradient is of something else")
+        if stats.skipped_steps:
+            host().say(f"WARNING: iteration {self._done}: optimizer steps skipped, whose loss or gradient is NaN or infinite: {stats.skipped_steps} "
+                       f"({self.live.learner.skipped} in a row by now)")
         self._seconds.append(row["seconds"]["total"])
         left = sum(self._seconds) / len(self._seconds) * (self.settings.iterations - self._done)
         live.write(self.folder, self._done, self.settings.iterations, left, stats)
