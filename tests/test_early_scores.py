@@ -191,7 +191,7 @@ def test_what_fails_stops_the_drawing_as_an_error_of_the_score_node():
         raise LookupError("no such thing")
 
     found = Early([Linked(reward := Reward("failing", failing, batch_size=1), LABEL)], prompts(14))
-    with pytest.raises(RunError, match=f"^{re.escape(LABEL)}: reward 'failing': LookupError: no such thing$"), found:
+    with pytest.raises(RunError, match=f"^{re.escape(LABEL)}: reward 'failing': LookupError: no such thing \\(2 tries\\)$"), found:
         found.add(PICTURES[:1])
         for _ in range(100):
             found.check()

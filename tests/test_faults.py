@@ -75,14 +75,14 @@ def broken(values):
     raise LookupError("no such thing\nas this")
 
 
-@pytest.mark.parametrize("what, spoil, said", [
-    ("NaN", lambda v: v.index_fill(0, torch.tensor([1]), torch.nan), "found nan for the prompt '"),
-    ("infinity", lambda v: v.index_fill(0, torch.tensor([5]), torch.inf), "found inf for the prompt '"),
-    ("too few", lambda v: v[:-1], "found 5 scores for 6 pictures"),
-    ("too many", lambda v: torch.cat([v, v]), "found 12 scores for 6 pictures"),
-    ("broken", broken, "LookupError: no such thing; "),
+@pytest.mark.parametrize("what, spoil, tries, said", [
+    ("NaN", lambda v: v.index_fill(0, torch.tensor([1]), torch.nan), 2, "found nan for the prompt '"),
+    ("infinity", lambda v: v.index_fill(0, torch.tensor([5]), torch.inf), 2, "found inf for the prompt '"),
+    ("too few", lambda v: v[:-1], 1, "found 5 scores for 6 pictures; what"),
+    ("too many", lambda v: torch.cat([v, v]), 1, "found 12 scores for 6 pictures; what"),
+    ("broken", broken, 2, "LookupError: no such thing (2 tries); what"),
 ])
-def test_a_reward_that_fails(cli, loop_only, saved, tiny_loop, tmp_path, reward, what, spoil, said):
+def test_a_reward_that_fails(cli, loop_only, saved, tiny_loop, tmp_path, reward, what, spoil, tries, said):
     called = []
 
     def failing(pictures, prompts):
@@ -95,7 +95,7 @@ def test_a_reward_that_fails(cli, loop_only, saved, tiny_loop, tmp_path, reward,
     done = cli("run", saved(loop_only), "--output", tmp_path, *tiny_loop)
     (line,) = done.verdict
     print(f"\n{what}: {line}")
-    assert done.status == 3 and done.err[-1].endswith(line) and len(called) == 2
+    assert done.status == 3 and done.err[-1].endswith(line) and len(called) == 1 + tries and called[-1] == called[1]
     assert line.startswith("node 6 \"Score\" (DanceGRPOScore): reward 'of_a_test': " + said)
     assert resume_words(line)[:2] == ["run", str(tmp_path / "flow.json")]
     kept(tmp_path / "quickstart", 1)
@@ -106,6 +106,23 @@ def test_a_reward_that_fails(cli, loop_only, saved, tiny_loop, tmp_path, reward,
     assert [sample["prompt"] for sample in record["samples"]] == list(called[1]) and line.partition("; what")[0].endswith(record["fault"])
     assert (what == "broken") == (record["answer"] == "")  # else the scores, which are the answer
     assert all(Image.open(evidence / sample["file"]).size == (64, 64) for sample in record["samples"])
+
+
+def test_a_reward_that_fails_once_is_tried_again_and_nothing_is_lost(cli, loop_only, saved, tiny_loop, tmp_path, reward):
+    called = []
+
+    def failing_once(pictures, prompts):
+        called.append(prompts)
+        return broken(None) if len(called) == 2 else brightness(pictures, prompts)
+
+    loop_only["3"]["inputs"]["reward"] = "of_a_test"
+    reward(brightness)
+    assert cli("run", saved(loop_only), "--output", tmp_path / "whole", *tiny_loop).status == 0
+    reward(failing_once)
+    done = cli("run", saved(loop_only), "--output", tmp_path / "again", *tiny_loop)
+    assert done.status == 0 and any("reward 'of_a_test': LookupError: no such thing; it is tried again" in line for line in done.err)
+    assert called[2] == called[1] and not (tmp_path / "again/quickstart/failed_reward").exists()
+    assert equal(lora(tmp_path / "again/quickstart"), lora(tmp_path / "whole/quickstart"))
 
 
 def test_a_reward_that_fails_at_once_and_is_mended(cli, loop_only, saved, tiny_loop, tmp_path, reward):

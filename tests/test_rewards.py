@@ -6,12 +6,13 @@ from dataclasses import astuple
 import numpy as np
 import pytest
 import torch
+from loopback import Noting
 from PIL import Image
 from transformers import CLIPModel, PreTrainedTokenizerFast
 
-from comfy_dancegrpo import rewards
+from comfy_dancegrpo import processes, rewards
 from comfy_dancegrpo.embedded import REWARD, shapes
-from comfy_dancegrpo.errors import RunError
+from comfy_dancegrpo.errors import Interrupted, RunError
 from comfy_dancegrpo.rewards import Reward
 from comfy_dancegrpo.workflow.host import Host, use
 
@@ -90,7 +91,7 @@ def constant(*values, form=torch.tensor):
 def test_what_is_no_number_is_named_with_its_prompt(value, shown):
     with pytest.raises(RunError) as error:
         constant(0.5, value)(PICTURES[:2], ["first", "second"])
-    assert str(error.value) == f"reward 'mine': found {shown} for the prompt 'second'; accepted: finite numbers"
+    assert str(error.value) == f"reward 'mine': found {shown} for the prompt 'second'; accepted: finite numbers (2 tries)"
 
 
 @pytest.mark.parametrize("values", [(), (0.5,), (0.5, 0.5, 0.5)])
@@ -98,6 +99,70 @@ def test_a_wrong_count(values):
     with pytest.raises(RunError) as error:
         constant(*values)(PICTURES[:2], ["first", "second"])
     assert str(error.value) == f"reward 'mine': found {len(values)} scores for 2 pictures"
+
+
+def failing(times, make):
+    """A reward whose first calls raise what `make()` gives; the sizes of all its calls; the first pixels are the scores."""
+    sizes = []
+
+    def function(pictures, prompts):
+        sizes.append(len(prompts))
+        if len(sizes) <= times:
+            raise make()
+        return pictures[:, 0, 0, 0]
+
+    return Reward("mine", function, batch_size=4), sizes
+
+
+def test_what_fails_once_is_tried_once_more():
+    reward, sizes = failing(1, lambda: OSError("no answer"))
+    with use(Noting()) as host:
+        assert torch.equal(reward(PICTURES[:6], "abcdef"), PICTURES[:6, 0, 0, 0])
+    assert sizes == [4, 4, 2] and host.said == ["reward 'mine': OSError: no answer; it is tried again"]
+    reward, sizes = failing(9, lambda: OSError("no answer"))
+    with pytest.raises(RunError, match=r"^reward 'mine': OSError: no answer \(2 tries\)$"):
+        reward(PICTURES[:6], "abcdef")
+    assert sizes == [4, 4]
+
+
+@pytest.mark.parametrize("error", [RunError("a prompt without quotes"), Interrupted("stopped")])
+def test_what_is_known_to_stay_wrong_and_a_stop_are_not_tried_again(error):
+    reward, sizes = failing(9, lambda: error)
+    with pytest.raises(type(error), match=str(error)):
+        reward(PICTURES[:6], "abcdef")
+    assert sizes == [4]
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("Tried to allocate 20 GiB."), MemoryError(), RuntimeError("MPS backend out of memory")])
+def test_short_of_memory_it_goes_on_in_halves(error, monkeypatch):
+    sizes, emptied = [], []
+
+    def hungry(pictures, prompts):
+        sizes.append(len(prompts))
+        if len(prompts) > 2:
+            raise error
+        return pictures[:, 0, 0, 0]
+
+    monkeypatch.setattr(processes, "empty_cache", lambda: emptied.append(len(sizes)))
+    with use(Noting()) as host:
+        assert torch.equal(Reward("mine", hungry, batch_size=7)(PICTURES[:7], "abcdefg"), PICTURES[:7, 0, 0, 0])
+    assert sizes == [7, 3, 1, 2, 4, 2, 2] and emptied == [1, 2, 5]
+    assert [line.partition("; it is")[2] for line in host.said] == [f" tried again with {half} at once" for half in (3, 1, 2)]
+    assert all(line.startswith("reward 'mine': out of memory; lower") for line in host.said)
+
+
+def test_short_of_memory_for_a_single_picture_it_stops():
+    reward, sizes = failing(9, MemoryError)
+    with pytest.raises(RunError, match=r"out of memory; lower .* \(2 tries\)$"):
+        reward(PICTURES[:2], "ab")
+    assert sizes == [2, 1, 1]
+
+
+def test_a_function_is_called_without_gradients():
+    weight = torch.ones(1, requires_grad=True)
+    seen = []
+    Reward("mine", lambda pictures, prompts: [seen.append((weight * 1).requires_grad) or 0.0 for _ in prompts])(PICTURES[:1], ["a"])
+    assert seen == [False]
 
 
 @pytest.mark.parametrize("form", [list, np.array, torch.tensor, lambda v: torch.tensor(v).double()[:, None]])

@@ -16,7 +16,7 @@ from .. import processes
 from ..errors import RunError, is_stop
 from ..quiet import quiet_loading
 from ..workflow.host import host
-from .faults import Given, RewardFault, fault
+from .faults import Given, RewardFault, cause, fault, may_pass, out_of_memory
 
 if TYPE_CHECKING:
     import torch
@@ -170,7 +170,7 @@ class Reward:
     def __call__(self, pictures: Tensor | Sequence[Tensor], prompts: Sequence[str]) -> Tensor:
         """[N] float32, of N pictures [H, W, 3] or videos [F, H, W, 3] in 0..1.
 
-        Raises `RunError` where the function fails or gives a wrong count, NaN or infinity; what it was given is then in the run's folder.
+        Raises `RunError` where the function gives a wrong count, or twice fails or gives NaN or infinity; what it was given is then in the run's folder.
         """
         import torch
 
@@ -227,23 +227,36 @@ class Reward:
         return torch.cat([self._checked(pictures[i: i + self.batch_size], prompts[i: i + self.batch_size])
                           for i in range(0, len(prompts), self.batch_size)])
 
-    def _checked(self, pictures, prompts: Sequence[str]) -> Tensor:
+    def _checked(self, pictures, prompts: Sequence[str], again: bool = True) -> Tensor:
+        """Of one batch. What may pass is tried once more, and where memory was short in halves, each of which may be halved again."""
         import torch
 
         values = None
         try:
-            values = torch.as_tensor(self.loaded(pictures, prompts)).detach().float().cpu().reshape(-1)
+            with torch.no_grad():
+                values = torch.as_tensor(self.loaded(pictures, prompts)).detach().float().cpu().reshape(-1)
             if len(values) != len(prompts):
                 raise RewardFault(f"found {len(values)} scores for {len(prompts)} pictures")
             if not bool(values.isfinite().all()):
                 bad = int((~values.isfinite()).nonzero()[0])
-                raise RewardFault(f"found {values[bad].item()} for the prompt {str(prompts[bad])!r}; accepted: finite numbers")
+                raise RewardFault(f"found {values[bad].item()} for the prompt {str(prompts[bad])!r}; accepted: finite numbers", may_pass=True)
             return values
         except Exception as error:
             if is_stop(error):
                 raise
-            answer = str(values.tolist()) if values is not None else ""
-            raise fault(self.name, error, Given(pictures, prompts, answer)) from (None if isinstance(error, RunError) else error)
+            if not (again and may_pass(error)):
+                given = Given(pictures, prompts, "" if values is None else str(values.tolist()))
+                raise fault(self.name, error, given, tries=1 if again else 2) from (None if isinstance(error, RunError) else error)
+            short, said = out_of_memory(error), cause(error)
+        # only here, without the error, is free what its traceback holds
+        host().check_interrupt()
+        half = len(prompts) // 2 if short else 0
+        host().say(f"reward {self.name!r}: {said}; it is tried again{f' with {half} at once' if half else ''}")
+        if short:
+            processes.empty_cache()
+        if not half:
+            return self._checked(pictures, prompts, again=False)
+        return torch.cat([self._checked(pictures[at], prompts[at]) for at in (slice(half), slice(half, None))])
 
 
 def spread(count: int, most: int) -> list[int]:

@@ -29,16 +29,29 @@ class Given:
 
 
 class RewardFault(RunError):
-    """A call to a reward that failed, in one line; `given` is the part of the call that is at fault, where that is not the whole."""
+    """A call to a reward that failed, in one line; `given` is the part of the call that is at fault, where that is not the whole.
 
-    def __init__(self, line: str, given: Given | None = None):
+    may_pass: whether the same call may do better.
+    """
+
+    def __init__(self, line: str, given: Given | None = None, may_pass: bool = False):
         super().__init__(line)
-        self.given = given
+        self.given, self.may_pass = given, may_pass
 
 
-def fault(name: str, error: Exception, whole: Given) -> RunError:
+def may_pass(error: Exception) -> bool:
+    """Whether to try again what failed so: what is known to be wrong stays wrong, and calls to a service have been tried again already."""
+    return getattr(error, "may_pass", not isinstance(error, RunError))
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Of the accelerator's, whatever its backend calls that, or of this machine's."""
+    return isinstance(error, MemoryError) or isinstance(error, RuntimeError) and (type(error).__name__ == "OutOfMemoryError" or "out of memory" in str(error))
+
+
+def fault(name: str, error: Exception, whole: Given, tries: int = 1) -> RunError:
     """The error of the reward of that name in one line, with where what it was given is kept: in the run's folder, if there is a run."""
-    said = f"reward {name!r}: {_cause(error)}"
+    said = f"reward {name!r}: {cause(error)}{f' ({tries} tries)' if tries > 1 else ''}"
     if host().run_folder is None:
         return RunError(said)
     try:
@@ -48,10 +61,11 @@ def fault(name: str, error: Exception, whole: Given) -> RunError:
     return RunError(f"{said}; what it was given is in {folder}")
 
 
-def _cause(error: Exception) -> str:
+def cause(error: Exception) -> str:
+    """In one line."""
     if isinstance(error, RunError):
         return str(error)
-    if type(error).__name__ == "OutOfMemoryError":
+    if out_of_memory(error):
         return "out of memory; lower the reward's \"batch_size\", or give it a device of its own"
     said = str(error).strip().splitlines()
     return f"{type(error).__name__}: {said[0]}" if said else type(error).__name__
