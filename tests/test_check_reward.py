@@ -1,6 +1,7 @@
 """`dancegrpo check-reward`: scores of pictures beside published ones."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -35,7 +36,7 @@ def run(*arguments):
 def test_ours_beside_the_published_with_the_difference(picture, form):
     circle, square = score(picture, CIRCLE), score(picture, SQUARE)
     rows = [{"reward": "clip_score", "picture": "https://example.com/a/one.webp?raw=true", "prompt": CIRCLE, "score": round(circle + 0.25, 6),
-             "weights": "someone/model", "source": "https://example.com/readme"},
+             "weights": "someone/Embedded", "source": "https://example.com/readme"},
             {"reward": "clip_score", "picture": "one.png", "prompt": SQUARE, "score": round(square, 6)},
             {"reward": "jpeg_size", "picture": "one.png", "prompt": "of another reward", "score": 1},
             {"reward": "clip_score", "picture": "two.png", "prompt": "of another picture", "score": 1}]
@@ -49,7 +50,28 @@ def test_ours_beside_the_published_with_the_difference(picture, form):
     assert first.split(maxsplit=3) == [f"{circle:.4f}", f"{circle + 0.25:.4f}", "-0.2500", f"one.png  {CIRCLE}"]
     assert second.split(maxsplit=3) == [f"{square:.4f}", f"{square:.4f}", second.split()[2], f"one.png  {SQUARE}"]
     assert abs(float(second.split()[2])) < 1e-4
-    assert published == ["published for someone/model: https://example.com/readme", "published"]
+    assert published == ["published for someone/Embedded: https://example.com/readme", "published"]
+
+
+@pytest.mark.parametrize("weights, model, comparable", [
+    ("xswu/HPSv2/HPS_v2_compressed.pt", "HPS_v2.1_compressed.pt", False), ("xswu/HPSv2/HPS_v2_compressed.pt", "HPS_v2_compressed.pt", True),
+    ("xswu/HPSv2/HPS_v2_compressed.pt", "converted/HPS_v2_compressed.safetensors", True),
+    ("openai/clip-vit-base-patch32", "openai/clip-vit-large-patch14", False), ("openai/clip-vit-base-patch32", "clip-vit-base-patch32", True),
+    ("openai/clip-vit-base-patch32", "embedded", False), ("", "embedded", True), ("HPS_v2.1", "", True),
+])
+def test_which_weights_are_compared(weights, model, comparable):
+    row = checking.Checked(Path("one.png"), "a cat", 0.5, checking.Published("r", "one.png", "a cat", 0.25, weights, "a page"), model)
+    head, told, note = checking.lines([row])
+    assert told.split() == ["0.5000", "0.2500", *(["+0.2500"] if comparable else []), "one.png", "a", "cat"]
+    assert (f"; not compared with ours, which are by {model!r}: " in note) != comparable
+
+
+def test_published_scores_of_other_weights_have_no_difference(picture):
+    picture.rename(cats := picture.with_name("000000039769.jpg"))
+    result = run("clip_score", cats)
+    _, *rows, note, _ = result.stdout.splitlines()  # the scores have a source each
+    assert result.exit_code == 0 and [row.split()[1:3] for row in rows] == [["0.2457", cats.name], ["0.1930", cats.name]]
+    assert note.startswith("published for openai/clip-vit-base-patch32: https://") and "; not compared with ours, which are by 'embedded': " in note
 
 
 def test_a_prompt_of_ones_own_and_rewards_that_need_none(picture):

@@ -6,6 +6,7 @@ import csv
 import functools
 import json
 import math
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -39,10 +40,24 @@ class Published:
 
 @dataclass(frozen=True)
 class Checked:
+    """model: by which weights we scored it, as the user named them; "" for a reward without any, or whose weights are its own matter."""
+
     file: Path
     prompt: str
     ours: float
     published: Published | None
+    model: str = ""
+
+    @property
+    def comparable(self) -> bool:
+        """Whether the published score is of these weights, as far as names tell: of a hub id, a folder or a file the last part counts."""
+        theirs = self.published.weights if self.published else ""
+        return not (theirs and self.model) or _last(theirs) == _last(self.model)
+
+
+def _last(weights: str) -> str:
+    name = PurePosixPath(weights.replace("\\", "/")).name.lower()
+    return re.sub(r"\.(safetensors|bin|pth?|ckpt)$", "", name)  # the same weights may lie in another form
 
 
 def read(table: Path | None) -> list[Published]:
@@ -80,7 +95,8 @@ def check(name: str, files: Sequence[Path], prompt: str | None, table: Path | No
     samples = {file: _sample(file) for file in dict.fromkeys(files)}
     at = functools.cache(lambda fps: rewards.load(name, model, base=base, device=device, batch_size=8, fps=fps))
     values = [float(at(samples[file][1])([samples[file][0]], [text])) for file, text, _ in pairs]
-    return [Checked(file, text, value, row) for (file, text, row), value in zip(pairs, values)]
+    told = model if rewards.known()[name].has_model else ""
+    return [Checked(file, text, value, row, told) for (file, text, row), value in zip(pairs, values)]
 
 
 def _prompts(file: Path, rows: Sequence[Published], prompt: str | None) -> list[tuple[str, Published | None]]:
@@ -108,11 +124,13 @@ def _sample(file: Path):
 
 
 def lines(found: Sequence[Checked]) -> Iterator[str]:
-    """The table, and what stands behind the published numbers."""
+    """The table, and what stands behind the published numbers. Scores by other weights than ours have no difference."""
     yield f"{'ours':>10}  {'published':>10}  {'difference':>10}"
     for row in found:
         theirs = row.published.score if row.published else None
-        cells = f"{theirs:10.4f}  {row.ours - theirs:+10.4f}" if theirs is not None else f"{'':>10}  {'':>10}"
-        yield f"{row.ours:10.4f}  {cells}  {row.file.name}  {row.prompt}"
-    for weights, source in dict.fromkeys((r.published.weights, r.published.source) for r in found if r.published and r.published.score is not None):
-        yield f"published{f' for {weights}' if weights else ''}{f': {source}' if source else ''}"
+        difference = f"{row.ours - theirs:+10.4f}" if theirs is not None and row.comparable else ""
+        yield f"{row.ours:10.4f}  {'' if theirs is None else f'{theirs:.4f}':>10}  {difference:>10}  {row.file.name}  {row.prompt}"
+    with_scores = [row for row in found if row.published and row.published.score is not None]
+    for weights, source, other in dict.fromkeys((r.published.weights, r.published.source, "" if r.comparable else r.model) for r in with_scores):
+        why = f"; not compared with ours, which are by {other!r}: accepted as --model are the same weights, under their name" if other else ""
+        yield f"published{f' for {weights}' if weights else ''}{f': {source}' if source else ''}{why}"
