@@ -38,13 +38,13 @@ td.n, th.n { text-align: right; white-space: nowrap; }
 .point:first-of-type { border-top: 0; }
 .point p { margin: 0; overflow-wrap: anywhere; }
 .row { display: flex; flex-wrap: wrap; gap: 8px; }
-.pair { display: flex; flex-direction: column; gap: 4px; width: 292px; }
+.pair { display: flex; flex-direction: column; gap: 4px; min-width: 0; }
 .pair .row { flex-wrap: nowrap; }
 .shot { width: 140px; }
 .row .shot { flex: 0 1 140px; min-width: 0; }
 .shot img { display: block; width: 100%; border-radius: 5px; }
 .shot span { font-size: 12px; color: var(--quiet); }
-.pairs { display: flex; flex-wrap: wrap; gap: 18px; }
+.pairs { display: grid; grid-template-columns: repeat(auto-fill, minmax(240px, 1fr)); gap: 18px; }
 .prompt { font-size: 13px; overflow-wrap: anywhere; }
 details { padding: 8px 14px; margin: 0 0 8px; }
 summary { cursor: pointer; font-weight: 600; overflow-wrap: anywhere; }
