@@ -137,6 +137,18 @@ def test_what_is_damaged_or_missing_is_left_out_and_links_lead_nowhere(tmp_path)
         report.write(folder)
 
 
+def test_faults_of_the_training_are_shown_where_there_were_any(tmp_path):
+    folder = made(tmp_path / "run", 3)
+    shown = lambda: [word for word in ("skipped", "without spread") if any(word in part for part in opened(report.write(folder)).text)]  # noqa: E731
+    assert shown() == []
+    rows = [json.loads(line) | {"skipped_steps": 0, "flat_groups": 0} for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert shown() == []
+    rows[1]["skipped_steps"] = 1
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert shown() == ["skipped"]
+
+
 def test_a_run_that_has_done_nothing_yet_has_a_page(tmp_path):
     (tmp_path / "run.json").write_text('{"state": "running", "iterations": 0}')
     said = "".join(opened(report.write(tmp_path)).text)

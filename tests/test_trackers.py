@@ -175,6 +175,14 @@ def test_only_the_first_process_logs(tmp_path, tracked, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_the_command_that_resumes_names_them_again(tmp_path):
+    from comfy_dancegrpo.trainer.session import Options, resume_command
+
+    host = Host()
+    host.run_folder = tmp_path / "a"
+    assert "--track tensorboard --track wandb" in resume_command(host, tmp_path / "flow.json", Options(track=["tensorboard", "wandb"]))
+
+
 class Faulty:
     """A tracker that fails in one call; `calls` tells which were made."""
 

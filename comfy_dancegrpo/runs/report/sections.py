@@ -15,6 +15,7 @@ from .style import PHASES
 
 HEALTH = {"group_std": "spread within groups", "clip_fraction": "share of clipped ratios", "approx_kl": "KL divergence from the rollout's policy, estimated",
           "grad_norm": "gradient norm", "ratio_deviation": "ratio deviation (replay against rollout, must be 0 in float32)", "learning_rate": "learning rate"}
+FAULTS = {"skipped_steps": "optimizer steps skipped (loss or gradient no number)", "flat_groups": "groups without spread, which train nothing"}  # where there were any
 STATISTICS = {"sharpness": "sharpness of the pictures", "saturation": "saturation", "grid": "grid artefacts, dB", "near_duplicates": "near-duplicates in groups"}
 PHASE_NAMES = {"denoise": "sampling (denoiser)", "decode": "decoding pictures", "reward": "rewards", "update": "training", "encode": "encoding prompts",
                "checkpoint": "waiting for checkpoints", "watch": "evaluations of Watch", "rest": "all else (previews, pictures, metrics)"}
@@ -153,7 +154,8 @@ def health(run: Overview) -> Markup:
     if not run.rows:
         return Markup()
     x = _column(run.rows, "iteration")
-    columns = {(name,): title for name, title in HEALTH.items()} | {("pictures", name): title for name, title in STATISTICS.items()}
+    faults = {name: title for name, title in FAULTS.items() if any(_column(run.rows, name))}
+    columns = {(name,): title for name, title in (HEALTH | faults).items()} | {("pictures", name): title for name, title in STATISTICS.items()}
     charts = []
     for k, (keys, title) in enumerate(columns.items()):
         values = _column(run.rows, *keys)
