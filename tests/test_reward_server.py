@@ -244,6 +244,7 @@ def test_it_ends_what_is_under_way_before_it_stops():
 
 @pytest.mark.parametrize("words, said", [
     (["nothing"], "serve-reward: input \"reward\": found 'nothing', accepted: one of "),
+    (["jpeg_size", "--frame-score", "best"], "serve-reward: --frame-score: found 'best', accepted: mean, worst"),
     (["clip_score", "--model", "nowhere"], "serve-reward: input \"model\": found 'nowhere', which is in none of the folders searched"),
     (["shapes_agreement", "--host", "256.0.0.1"], "cannot listen on 256.0.0.1, port 0"),
 ])
@@ -251,6 +252,17 @@ def test_what_cannot_be_served_is_one_line(cli, words, said):
     done = cli("serve-reward", *words, "--port", 0)
     (line,) = done.verdict
     assert done.status == 2 and said in line
+
+
+@pytest.mark.parametrize("words, frame_score", [([], "mean"), (["--frame-score", "worst"], "worst")])
+def test_what_a_video_gets_of_its_frames_may_be_chosen(cli, monkeypatch, words, frame_score):
+    served = []
+    monkeypatch.setattr(reward_server, "serve", served.append)
+    assert cli("serve-reward", "jpeg_size", "--frames", 3, *words, "--port", 0).status == 0
+    video = torch.rand(3, 16, 16, 3, generator=torch.Generator().manual_seed(0)) * torch.tensor([0.1, 0.5, 1.0]).view(3, 1, 1, 1)
+    each = rewards.load("jpeg_size")(video, ["a"] * 3)
+    (server,) = served
+    assert each.min() < each.mean() and torch.equal(server.reward([video], ["a"]), {"mean": each.mean(), "worst": each.min()}[frame_score][None])
 
 
 class Program:

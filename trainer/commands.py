@@ -1,4 +1,4 @@
-"""The commands: `run`, `validate`, `edit`, `nodes`. Options, what is printed, and the exit status; the work is elsewhere."""
+"""The commands of `dancegrpo`: their options, what is printed, and the exit status; the work is elsewhere."""
 
 from __future__ import annotations
 
@@ -247,6 +247,7 @@ def serve_reward(name: Annotated[str, typer.Argument(help="As Load Reward names 
                  base: Annotated[str, typer.Option(help="As Load Reward takes it.")] = "published",
                  batch_size: Annotated[int, typer.Option(min=1, help="Pictures scored at once, of one request or several.")] = 32,
                  frames: Annotated[int, typer.Option(min=1, help="Of a video that are scored.")] = 8,
+                 frame_score: Annotated[str, typer.Option(help="What a video gets of its scored frames: their mean, or the worst.")] = "mean",
                  fps: Annotated[float, typer.Option(min=0.1, help="Frames a second, for rewards of whole videos.")] = 8.0,
                  device: Annotated[str, typer.Option(help="Such as cuda:1.", show_default=False)] = "",
                  listen: Annotated[str, typer.Option("--host", "--listen", metavar="ADDRESS",
@@ -271,8 +272,10 @@ def serve_reward(name: Annotated[str, typer.Argument(help="As Load Reward names 
             fits = nodes.registry["DanceGRPOLoadReward"].VALIDATE_INPUTS(name, model, base, device)
             if fits is not True:
                 raise WorkflowError(f"serve-reward: {fits}")
-            serve(RewardServer(rewards.load(name, model, batch_size, base, fps, frames=frames, device=device), listen, port, token or None,
-                               most_megabytes * 2**20))
+            if frame_score not in rewards.FRAME_SCORES:
+                raise WorkflowError(f"serve-reward: --frame-score: found {frame_score!r}, accepted: {', '.join(rewards.FRAME_SCORES)}")
+            reward = rewards.load(name, model, batch_size, base, fps, frames=frames, frame_score=frame_score, device=device)
+            serve(RewardServer(reward, listen, port, token or None, most_megabytes * 2**20))
 
 
 def _need(command: str, extra: str, *packages: str) -> None:
