@@ -33,9 +33,9 @@ def section(title: str, *content: Any) -> Markup:
     return tag("section", tag("h2", title), *content)
 
 
-def figure(caption: Any, chart: str) -> Markup:
-    """chart: SVG of our own."""
-    return tag("figure", tag("figcaption", caption), Markup(chart))
+def figure(caption: Any, chart: str, wide: bool = False) -> Markup:
+    """chart: SVG of our own; a wide one is not made small with its page."""
+    return tag("figure", tag("figcaption", caption), Markup(chart), cls="wide" if wide else "")
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[Any]], numbers: Sequence[int] = ()) -> Markup:

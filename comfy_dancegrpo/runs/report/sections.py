@@ -76,7 +76,7 @@ def reward(run: Overview, points: Sequence[dict[str, Any]]) -> Markup:
     names = " + ".join(run.rows[-1].get("rewards", {}))
     return section("Reward", figure(f"{names}: mean of an iteration's samples against the iteration"
                                     + (f"; thick, of {run.window} iterations" if smooth else "") + "; band, their spread"
-                                    + ("; ▲, pictures below" if points else ""), chart))
+                                    + ("; ▲, pictures below" if points else ""), chart, wide=True))
 
 
 def rewards(run: Overview) -> Markup:

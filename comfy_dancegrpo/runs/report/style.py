@@ -24,11 +24,14 @@ p { margin: 6px 0; max-width: 80ch; }
 figure { margin: 0; padding: 10px 12px; }
 figcaption { font-size: 13px; font-weight: 600; overflow-wrap: anywhere; }
 figure svg { display: block; width: 100%; height: auto; }
+figure.wide { overflow-x: auto; }
+figure.wide svg { min-width: 620px; }
 .table { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-size: 14px; }
 th, td { padding: 6px 12px; text-align: left; border-bottom: 1px solid var(--edge); vertical-align: top; overflow-wrap: anywhere; }
 tr:last-child td { border-bottom: 0; }
 th { color: var(--quiet); font-weight: 600; font-size: 13px; }
+th:first-child, td:first-child { min-width: 110px; }
 td.n, th.n { text-align: right; white-space: nowrap; }
 .good { color: var(--good); } .bad { color: var(--bad); }
 .bar { display: flex; height: 18px; margin: 0 0 10px; border-radius: 5px; overflow: hidden; background: var(--soft); }
