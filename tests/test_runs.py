@@ -54,7 +54,7 @@ def test_files(first, quickstart):
     prompt = json.loads((folder / "prompt.json").read_text(encoding="utf-8"))
     assert prompt["4"]["inputs"]["iterations"] == 2 and prompt["5"]["inputs"]["group_size"] == 3
     assert {p.name for p in folder.iterdir()} == {"workflow.json", "prompt.json", "run.json", "metrics.jsonl", "summary.json", "images",
-                                                  "checkpoints", "lora", "live"}
+                                                  "checkpoints", "lora", "live", "environment.json", "pictures", "report.html"}
     images = ["before_after_00001_.png", "preview_8.png", "reward_curve_00001_.png"]
     assert sorted(p.name for p in (folder / "images").iterdir()) == images
     assert [p.name for p in (folder / "checkpoints").iterdir()] == ["0000002.safetensors"]

@@ -104,6 +104,8 @@ class Session:
 
     def __enter__(self) -> Session:
         settings = self.settings
+        if len(set(processes.all_of(self._fingerprint))) > 1:
+            raise RunError("the processes do not have the same prompts, LoRA to start from or settings; accepted: the same files on every machine")
         self.folder, self.action = processes.on_first(self._claim)
         with contextlib.ExitStack() as undo:
             undo.callback(self._let_go)
@@ -126,12 +128,12 @@ class Session:
                 processes.on_first(lambda: environment.note(self.folder, self._done))
             self.live = LivePolicy(self.policy, learner, settings, self.prompts.prompts, self.watch)
             self._trackers = None if self.action == "reopen" else Trackers(self.folder, self._done, len(self.watch.rows))
+            processes.on_first(lambda: live.forget_stop(self.folder))
+            host().run_started(self.folder.path, self._node_id)
+            host().run_moved(self.folder.path, self._done, settings.iterations)
+            if line := self.policy.unseen(self.prompts.prompts):
+                host().say(line)
             undo.pop_all()
-        processes.on_first(lambda: live.forget_stop(self.folder))
-        host().run_started(self.folder.path, self._node_id)
-        host().run_moved(self.folder.path, self._done, settings.iterations)
-        if line := self.policy.unseen(self.prompts.prompts):
-            host().say(line)
         return self
 
     def _claim(self) -> tuple[RunFolder, str]:
@@ -282,11 +284,14 @@ class Session:
             self._held_up += time.perf_counter() - start
         self.watch.saved = max(self._saved, 0)
 
-    def snapshot(self) -> LoraSnapshot | FullSnapshot:
-        """What was trained, after the last whole iteration, or after the best one where a watch reward has fallen: its moving average where that is on."""
+    def snapshot(self, alone: bool = False) -> LoraSnapshot | FullSnapshot:
+        """What was trained, after the last whole iteration, or after the best one where a watch reward has fallen: its moving average where that is on.
+
+        Called by all processes, or `alone` by the first.
+        """
         state, iteration, learner = self.live.state, self._done, self.live.learner
         if self.watch.verdict:
-            if (best := processes.on_first(self.watch.best_state)) is not None:
+            if (best := self.watch.best_state() if alone else processes.on_first(self.watch.best_state)) is not None:
                 iteration, state = best
             host().say(f"Watch: {self.watch.verdict}; {self.watch.given(None if best is None else iteration)}")
         return self.trained.snapshot(learner.result(state), iteration, learner.ema is not None, self.folder.path, self.prompts.prompts)
@@ -295,22 +300,25 @@ class Session:
         return RunRecord(self.folder.path, tuple(metrics.read(self.folder.metrics)), tuple(self.watch.rows))
 
     def __exit__(self, kind, error, trace) -> None:
-        self.live.scoring.close()
-        self.policy.checkpoint_gradients(False)
-        self.trained.remove()
-        try:
+        with contextlib.ExitStack() as steps:  # from the last to the first, each whatever became of the others
+            steps.callback(lambda: host().run_ended(self.folder.path, "finished" if self.finished else "stopped"))
+            steps.callback(self._let_go)
             # no word to the others, who may be gone: each that fails ends by itself, and the first has all that is to be kept
-            if processes.is_first() and (kind is not None or not self.finished):
-                self._keep(broken_off=kind is not None)
-        finally:
             if processes.is_first():
-                live.forget_stop(self.folder)
-                if self.action != "reopen" and not (kind and issubclass(kind, KeyboardInterrupt)):  # that one is not to wait
-                    self._trackers.close()
-                    if self._done:
-                        report.leave(self.folder.path)
-            self._let_go()
-            host().run_ended(self.folder.path, "finished" if self.finished else "stopped")
+                steps.callback(self._tell_the_end, asked_twice=kind is not None and issubclass(kind, KeyboardInterrupt))
+                steps.callback(live.forget_stop, self.folder)
+                if kind is not None or not self.finished:
+                    steps.callback(self._keep, broken_off=kind is not None)
+            steps.callback(self.trained.remove)
+            steps.callback(self.policy.checkpoint_gradients, False)
+            steps.callback(self.live.scoring.close)
+
+    def _tell_the_end(self, asked_twice: bool) -> None:
+        """The trackers' last words and the report; whoever asked twice to stop is not to wait for them."""
+        if self.action != "reopen" and not asked_twice:
+            self._trackers.close()
+            if self._done:
+                report.leave(self.folder.path)
 
     def _let_go(self) -> None:
         """Leaves the folder to others; one that this session made, and did nothing in, goes."""
@@ -334,7 +342,7 @@ class Session:
         kept = f"checkpoint in {self.folder.checkpoints}"
         if broken_off:
             path = self.folder.lora / f"{self.folder.name}.safetensors"
-            found = self.snapshot()
+            found = self.snapshot(alone=True)
             kept += f", {found.kind} so far in {' and '.join(map(str, files.save(found, path)))}"
         how = ' and a larger "max_drop" go' if self.watch.verdict else " goes"
         host().say(f'stopped after iteration {self._done}: {kept}; Loop Start\'s "on_existing" resume{how} on from there')
