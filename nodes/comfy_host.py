@@ -21,6 +21,7 @@ import nodes as comfy_nodes
 import torch
 from comfy_dancegrpo.errors import RunError
 from comfy_dancegrpo.lora import listing
+from comfy_dancegrpo.rewards import Reward
 from comfy_dancegrpo.runs.folder import RunFolder
 from comfy_dancegrpo.workflow import host
 from comfy_execution.progress import get_progress_state
@@ -87,6 +88,9 @@ class ComfyHost(host.Host):
         return comfy.model_management.get_torch_device()
 
     def load(self, model: Any) -> None:
+        if self._beside(model):
+            model.to(self.device())
+            return
         if model not in self._patchers:
             modules = torch.nn.ModuleList(model.modules)
             if (first := next(itertools.chain(modules.parameters(), modules.buffers()), None)) is None:
@@ -95,7 +99,13 @@ class ComfyHost(host.Host):
         comfy.model_management.load_models_gpu([self._patchers[model]], force_full_load=True)
 
     def unload(self, model: Any) -> None:
-        """ComfyUI moves what lies idle off the GPU when memory is short."""
+        """ComfyUI moves what lies idle off its GPU when memory is short."""
+        if self._beside(model):
+            model.leave()
+
+    def _beside(self, model: Any) -> bool:
+        """Whether it computes where ComfyUI does not, and so takes none of the memory that ComfyUI keeps account of."""
+        return isinstance(model, Reward) and model.is_beside(self.device())
 
     def around(self, node_class: type) -> contextlib.AbstractContextManager:
         ours = node_class.__module__.startswith("comfy_dancegrpo.")
@@ -193,7 +203,7 @@ class WholePatcher(comfy.model_patcher.ModelPatcher):
         """modules: of `model`, now on `device`."""
         modules.device = device
         patcher = cls(modules, comfy.model_management.get_torch_device(), comfy.model_management.unet_offload_device())
-        patcher.move = weakref.WeakMethod(model.to)
+        patcher.move = weakref.WeakMethod(getattr(model, "move", model.to))  # a reward's `to` brings it to its own device only
         return patcher
 
     def loaded_size(self) -> int:

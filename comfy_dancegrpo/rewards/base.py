@@ -157,15 +157,24 @@ class Reward:
 
     def to(self, device: torch.device) -> None:
         """Moves the weights, or where the reward has a device of its own, to that."""
+        self.move(self.device or device)
+
+    def move(self, device: torch.device | str) -> None:
+        """Moves the weights there, whatever its own device is."""
         with processes.outside_inference_mode():
             for module in self.modules:
-                module.to(self.device or device)
+                module.to(device)
+
+    def is_beside(self, device: torch.device) -> bool:
+        """Whether it has a device of its own, other than this one."""
+        import torch
+
+        own = torch.device(self.device or device)
+        return own.type != device.type or None not in (own.index, device.index) and own.index != device.index
 
     def leave(self) -> None:
         """Moves the weights to main memory, until the next `to`."""
-        with processes.outside_inference_mode():
-            for module in self.modules:
-                module.to("cpu")
+        self.move("cpu")
 
     def __call__(self, pictures: Tensor | Sequence[Tensor], prompts: Sequence[str]) -> Tensor:
         """[N] float32, of N pictures [H, W, 3] or videos [F, H, W, 3] in 0..1.

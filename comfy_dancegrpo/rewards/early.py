@@ -37,14 +37,11 @@ class Linked:
 
 def elsewhere(reward: Reward, device: torch.device) -> bool:
     """Whether it computes while the policy does, on `device`, without taking its time."""
-    import torch
-
     if reward.waits:
         return True
     if not reward.modules:  # measured on the CPU
         return device.type != "cpu"
-    own = torch.device(reward.device or device)
-    return own.type != device.type or None not in (own.index, device.index) and own.index != device.index
+    return reward.is_beside(device)
 
 
 class Scoring:

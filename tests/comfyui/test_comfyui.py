@@ -190,9 +190,12 @@ def test_a_node_that_evicts_all_models_changes_nothing(comfyui, named):
     equal(comfyui.output / name / f"lora/{name}.safetensors", comfyui.output / f"{name}_evicted" / f"lora/{name}_evicted.safetensors")
 
 
-@pytest.mark.parametrize("tensors, devices", [("parameters", ["cpu", "meta"]), ("buffers", ["cpu", "meta"]), ("none", [])])
-def test_a_reward_leaves_the_device_when_comfyui_makes_room(comfyui, tensors, devices):
-    messages = comfyui.run({"1": {"class_type": "TestAway", "inputs": {"tensors": tensors}}})
+@pytest.mark.parametrize("tensors, device, devices", [
+    ("parameters", "", ["cpu", "meta"]), ("buffers", "", ["cpu", "meta"]), ("none", "", []), ("parameters", "cpu", ["cpu", "meta"]),
+    ("parameters", "meta", ["meta"]),  # its own, of which ComfyUI has nothing to give away
+])
+def test_a_reward_leaves_the_device_when_comfyui_makes_room(comfyui, tensors, device, devices):
+    messages = comfyui.run({"1": {"class_type": "TestAway", "inputs": {"tensors": tensors, "device": device}}})
     assert ended(messages) == "execution_success"
     assert of(messages, "executed")[0]["output"] == {"devices": devices, "left": [0]}
 

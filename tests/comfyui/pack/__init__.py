@@ -73,7 +73,7 @@ class Evict:
     def evict(self, rollout):
         for ours in (m.model for m in comfy.model_management.current_loaded_models if type(m.model).__name__ == "WholePatcher"):
             names = {type(module).__name__ for module in ours.model}
-            count(f"evicted {'the reward' if names == {'ClipScore'} else 'the policy' if 'AutoencoderKL' in names else names}")
+            count(f"evicted {'the reward' if names == {'Clip'} else 'the policy' if 'AutoencoderKL' in names else names}")
         comfy.model_management.unload_all_models()
         return (rollout,)
 
@@ -81,16 +81,17 @@ class Evict:
 class Away:
     """V1: whether a reward leaves its device when ComfyUI makes room; on the CPU alone there is no other, so it is sent to "meta".
 
-    Its tensors are parameters, buffers as in docs/your_own_reward.md, or it has none, and ComfyUI has nothing to move.
+    Its tensors are parameters, buffers as in docs/your_own_reward.md, or it has none, and ComfyUI has nothing to move; nor has it where
+    the reward has a device of its own.
     """
 
     RETURN_TYPES, FUNCTION, CATEGORY, OUTPUT_NODE = (), "look", "test", True
 
     @classmethod
     def INPUT_TYPES(cls):
-        return {"required": {"tensors": (["parameters", "buffers", "none"],)}}
+        return {"required": {"tensors": (["parameters", "buffers", "none"],), "device": ("STRING", {})}}
 
-    def look(self, tensors):
+    def look(self, tensors, device):
         from comfy_dancegrpo.rewards import Reward
 
         with torch.inference_mode(False):
@@ -98,7 +99,7 @@ class Away:
             if tensors == "buffers":
                 weights.register_buffer("weight", torch.zeros(3))
         weights.forward = lambda pictures, prompts: pictures[:, 0, 0, 0]
-        reward = Reward("weights", weights)
+        reward = Reward("weights", weights, device=device)
         reward(torch.zeros(2, 1, 1, 3), ["a", "b"])
         known = comfy.model_management.current_loaded_models
         found = [m.model for m in known if type(m.model).__name__ == "WholePatcher" and weights in m.model.model.modules()]
