@@ -211,3 +211,19 @@ def test_the_host_decides_where_a_rewards_weights_are_and_is_asked_before_each_s
             measured(torch.zeros(2, 1, 1, 3), ["a", "b"])
     reward.to(torch.device("meta"))
     assert {p.device.type for p in reward.function.parameters()} == {"meta"}
+
+
+def test_several_processes_on_one_device_are_told(monkeypatch):
+    monkeypatch.setattr(processes, "count", lambda: 4)
+    with use(Noting()) as host:
+        for device in ("", "cpu", "cuda"):
+            rewards.load("jpeg_size", device=device)
+        assert host.said == []
+        assert rewards.load("jpeg_size", device="cuda:1").device == "cuda:1"
+    (line,) = host.said
+    assert line.startswith("reward 'jpeg_size': each of 4 processes loads it onto cuda:1")
+
+
+def test_a_device_that_came_over_a_link_is_looked_at_too():
+    with pytest.raises(RunError, match="^input \"device\": found 'the first', accepted: such as cpu"):
+        rewards.load("jpeg_size", device="the first")

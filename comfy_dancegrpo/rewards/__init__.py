@@ -7,7 +7,9 @@ import logging
 import re
 from dataclasses import replace
 
+from .. import processes
 from ..errors import RunError
+from ..workflow.host import host
 from . import own
 from .base import FPS, FRAME_SCORES, Deferred, Kind, Reward, RewardFunction, Source, distinct, spread
 from .places import EMBEDDED, PUBLISHED, available_bases, available_models, source
@@ -55,23 +57,30 @@ def problem(name: str, model: str, base: str = PUBLISHED, device: str = "") -> s
         kind = _kind(name)
         source(name, kind, model, base)
         kind.check()
+        _check_device(device)
     except RunError as error:
         return str(error)
-    if not re.fullmatch(r"(?:[a-z]+(?::\d+)?)?", device):
-        return f'input "device": found {device!r}, accepted: such as cpu, cuda or cuda:1; empty for where the policy computes'
     return None
 
 
-def load(name: str, model: str = EMBEDDED, batch_size: int = 32, base: str = PUBLISHED, fps: float = FPS, **options) -> Reward:
+def _check_device(device: str) -> None:
+    if not re.fullmatch(r"(?:[a-z]+(?::\d+)?)?", device):
+        raise RunError(f'input "device": found {device!r}, accepted: such as cpu, cuda or cuda:1; empty for where the policy computes')
+
+
+def load(name: str, model: str = EMBEDDED, batch_size: int = 32, base: str = PUBLISHED, fps: float = FPS, device: str = "", **options) -> Reward:
     """The reward, whose weights are loaded when it first scores. fps: frames a second, of whole videos. `options`: other fields of `Reward`.
 
     Raises `RunError` where `problem` names one, and where a reward of the user's cannot be imported.
     """
     kind = _kind(name)
     kind.check()
+    _check_device(device)
+    if ":" in device and processes.count() > 1:
+        host().say(f'reward {name!r}: each of {processes.count()} processes loads it onto {device}, input "device"; empty, it is on each one\'s own')
     made_of = replace(source(name, kind, model, base), part=kind.part, fps=fps)
     module = kind.imported()
-    return Reward(name, Deferred(lambda: _scoring(module.load(made_of))), batch_size, whole_videos=kind.whole_videos, **options)
+    return Reward(name, Deferred(lambda: _scoring(module.load(made_of))), batch_size, whole_videos=kind.whole_videos, device=device, **options)
 
 
 def _scoring(function: RewardFunction) -> RewardFunction:
