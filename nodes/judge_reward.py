@@ -3,7 +3,7 @@ from __future__ import annotations
 from comfy_dancegrpo import addresses
 
 from . import wires
-from .remote_reward import CALLS, name_problem, service
+from .remote_reward import CALLS, check_fits, name_problem, service
 
 QUESTION = "How well does the picture show this: {prompt} Answer with a score from {low} (not at all) to {high} (every detail of it, and without flaws)."
 
@@ -45,5 +45,6 @@ class JudgeReward:
              frames: int = 8, reference: bool = True, name: str = "judge"):
         from comfy_dancegrpo.rewards import judge
 
+        check_fits(self.VALIDATE_INPUTS(address, low, high, name))  # again, for what came over links
         called = judge.completions(service(address, connections, timeout, retries))
         return (judge.load(called, model, judge.Question(question, low, high, frames, reference), name or "judge"),)

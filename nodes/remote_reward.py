@@ -3,6 +3,7 @@ from __future__ import annotations
 import re
 
 from comfy_dancegrpo import addresses
+from comfy_dancegrpo.errors import RunError
 from comfy_dancegrpo.rewards import FPS
 
 from . import wires
@@ -21,6 +22,12 @@ def name_problem(name: str, input: str) -> str | None:
     if re.fullmatch(r"[\w.-]{0,100}", name):
         return None
     return f'input "{input}": found {name!r}, accepted: letters, digits, "_", "-" and ".", at most 100'
+
+
+def check_fits(found: str | bool) -> None:
+    """Raises RunError where `VALIDATE_INPUTS` found a problem."""
+    if found is not True:
+        raise RunError(found)
 
 
 def service(address: str, connections: int, timeout: float, retries: int):
@@ -56,4 +63,5 @@ class RemoteReward:
     def load(self, address: str, reward: str, batch_size: int, connections: int, timeout: float, retries: int, fps: float = FPS):
         from comfy_dancegrpo.rewards import remote
 
+        check_fits(self.VALIDATE_INPUTS(address, reward))  # again, for what came over links
         return (remote.load(service(address, connections, timeout, retries), reward, batch_size, fps),)

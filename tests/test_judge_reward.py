@@ -13,6 +13,7 @@ from PIL import Image
 from comfy_dancegrpo.addresses import Address
 from comfy_dancegrpo.errors import RunError
 from comfy_dancegrpo.nodes.judge_reward import QUESTION, JudgeReward
+from comfy_dancegrpo.nodes.remote_reward import RemoteReward
 from comfy_dancegrpo.prompts import Prompt, Reference
 from comfy_dancegrpo.rewards import judge
 from comfy_dancegrpo.rewards.judge import Question
@@ -124,6 +125,18 @@ def test_a_server_that_knows_no_schemas_is_asked_without_and_it_is_said_once(ser
     assert sum(b"response_format" in body for _, body in server.requests) <= 8
 
 
+def test_a_picture_that_is_refused_costs_the_others_no_schema(serving):
+    bad = as_json({"error": {"message": "no such picture"}}, 400)
+    server = serving(lambda handler, body: bad if "picture 3" in str(images(body)[1]) else said('{"score": 6}'))
+    reward = judged(server, question=Question("{prompt}", 0, 10), connections=1)
+    with use(Noting()) as host, pytest.raises(RunError, match="it answers 400: no such picture$"):
+        reward(PICTURES[:4], PROMPTS[:4])
+    assert host.said == []
+    before = len(server.requests)
+    assert reward(PICTURES[4:6], PROMPTS[4:6]).tolist() == [6, 6]
+    assert [b"response_format" in body for _, body in server.requests[before:]] == [True, True]
+
+
 def test_the_node_makes_what_its_inputs_say(serving):
     server = serving(lambda handler, body: said("3"))
     defaults = {name: options["default"] for kind in JudgeReward.INPUT_TYPES().values() for name, (_, options) in kind.items()}
@@ -140,3 +153,16 @@ def test_the_node_makes_what_its_inputs_say(serving):
 def test_inputs_that_cannot_be(inputs, line):
     assert line in JudgeReward.VALIDATE_INPUTS(**{"address": "http://127.0.0.1:8000/v1", "low": 0.0, "high": 10.0, **inputs})
     assert JudgeReward.VALIDATE_INPUTS(address="http://127.0.0.1:8000/v1", low=0.0, high=10.0) is True
+
+
+@pytest.mark.parametrize("inputs, line", [
+    ({"low": 10.0}, 'input "low": found 10, accepted: less than "high", which is 10'), ({"name": "a/b"}, "input \"name\": found 'a/b', accepted: letters"),
+])
+def test_inputs_that_came_over_links_are_looked_at_too(inputs, line):
+    given = {name: None for name in inputs}
+    assert JudgeReward.VALIDATE_INPUTS(**{"address": "http://127.0.0.1:8000/v1", "low": 0.0, "high": 10.0, **given}) is True
+    others = {"address": "http://127.0.0.1:8000/v1", "model": "", "question": "?", "low": 0.0, "high": 10.0, "connections": 1, "timeout": 1.0, "retries": 0}
+    with pytest.raises(RunError, match=f"^{line}"):
+        JudgeReward().load(**{**others, **inputs})
+    with pytest.raises(RunError, match="^input \"reward\": found 'a/b', accepted: letters"):
+        RemoteReward().load("http://127.0.0.1:8000/score", "a/b", 8, 1, 1.0, 0)

@@ -89,13 +89,19 @@ class Judge:
         try:
             return self._scores(request, videos, prompts)
         except CallFailed as error:
-            if "response_format" in request and error.status in _NO_SCHEMA:
-                if self._request is request:
-                    self._request = {name: value for name, value in request.items() if name != "response_format"}
-                    host().say(f"{error}; it is asked without a schema from now on, and one number is read from its answers")
-                return self(videos, prompts)
-            at = slice(error.index, error.index + 1)
-            raise RewardFault(str(error), Given(as_pictures(videos[at]), prompts[at], error.answer)) from None
+            failed = error
+        if "response_format" in request and failed.status in _NO_SCHEMA:
+            plain = {name: value for name, value in request.items() if name != "response_format"}
+            try:
+                scores = self._scores(plain, videos, prompts)
+                if self._request is request:  # only now is it known that the schema was at fault, and no picture
+                    self._request = plain
+                    host().say(f"{failed}; it is asked without a schema from now on, and one number is read from its answers")
+                return scores
+            except CallFailed as error:
+                failed = error
+        at = slice(failed.index, failed.index + 1)
+        raise RewardFault(str(failed), Given(as_pictures(videos[at]), prompts[at], failed.answer))
 
     def _scores(self, request: dict[str, Any], videos: Sequence[Tensor], prompts: Sequence[str]) -> Tensor:
         bodies = [lambda v=v, prompt=prompt: {**request, "messages": [{"role": "user", "content": self._question.content(v, prompt)}]}
