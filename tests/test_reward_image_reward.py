@@ -177,5 +177,13 @@ def test_a_base_without_the_right_tokenizer_is_one_line(models, words, count):
     vocabulary.write_text("\n".join(words)) if words else vocabulary.unlink()
     with pytest.raises(RunError) as raised:
         rewards.load("image_reward", "ImageReward.pt")(pictures(), PROMPTS)
-    accepted = [f"its tokenizer has {count} tokens with BLIP's two, accepted: 13, of which "] + ["OSError: "] * (words is None)  # older ones raise it
+    accepted = [f"its tokenizer has {count} tokens with BLIP's two, accepted: 13, of which "] + ["its tokenizer cannot be loaded ("] * (words is None)  # older ones raise
     assert any(line in str(raised.value) for line in accepted) and "\n" not in str(raised.value)
+    assert str(raised.value).endswith("google-bert/bert-base-uncased")
+
+
+def test_a_damaged_tokenizer_is_one_line_that_names_what_is_accepted(models):
+    (models / "bert-base-uncased" / "tokenizer.json").write_text("{")
+    with pytest.raises(RunError, match=r"its tokenizer cannot be loaded \(.*\), accepted: that of google-bert/bert-base-uncased$") as raised:
+        rewards.load("image_reward", "ImageReward.pt")(pictures(), PROMPTS)
+    assert "\n" not in str(raised.value)

@@ -218,12 +218,25 @@ def damaged(section, **options):
     (lambda folder: torch.save({"a.weight": torch.zeros(2)}, folder / "checkpoint-11352" / "model.pth"), "its tensors are no whole Qwen2-VL"),
     (lambda folder: (folder / "model_config.json").write_text("{}"), "is no configuration of VideoAlign"),
     (damaged("data_config", sample_type="multi_pts"), "data_config.sample_type is 'multi_pts', accepted: 'uniform', as published"),
+    (lambda folder: (folder / "model_config.json").write_text(json.dumps({**CONFIG, "inference_config": {"VQ_mean": 0, "VQ_std": 1}})),
+     "is no configuration of VideoAlign (KeyError: 'MQ_mean')"),
 ])
 def test_another_folder_is_one_line(models, damage, line):
     damage(models / "VideoReward")
     with pytest.raises(RunError) as raised:
         rewards.load("video_align_visual", "VideoReward")(videos(), PROMPTS)
     assert line in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_a_checkpoint_without_a_number_counts_where_no_other_has_one(models):
+    folder = models / "VideoReward"
+    numbered = rewards.load("video_align_visual", "VideoReward")(videos(), PROMPTS)
+    (folder / "checkpoint-final").mkdir()  # empty: not to be taken
+    assert torch.equal(rewards.load("video_align_visual", "VideoReward")(videos(), PROMPTS), numbered)
+    (folder / "checkpoint-9").rmdir()
+    (folder / "checkpoint-final").rmdir()
+    (folder / "checkpoint-11352").rename(folder / "checkpoint-final")
+    assert torch.equal(rewards.load("video_align_visual", "VideoReward")(videos(), PROMPTS), numbered)
 
 
 def test_without_the_makers_figures_there_are_raw_scores_alone(models):

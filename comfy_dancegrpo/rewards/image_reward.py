@@ -21,6 +21,7 @@ from .aesthetic import Layers  # the head has their widths and names, of whose c
 from .base import Source
 from .preprocessing import cropped, normalised
 
+BASE = "google-bert/bert-base-uncased"
 SIDE, LENGTH, HEAD = 224, 35, 64  # pixels, tokens, width of an attention head
 MEAN, STD = 0.16717362830052426, 1.0333394966054072
 
@@ -42,11 +43,11 @@ class ImageReward(torch.nn.Module):
         self.vision = weights.fill(lambda: BlipVisionModel(_vision_config(vision)), vision, source.model)
         self.text = weights.fill(lambda: BlipTextModel(_text_config(text, vision), add_pooling_layer=False), text, source.model)
         self.head = weights.fill(lambda: Layers(self.text.config.hidden_size), head, source.model)
-        self.tokenizer = BertTokenizerFast.from_pretrained(source.base, local_files_only=True)
+        self.tokenizer = _tokenizer(source)
         self.tokenizer.add_tokens(["[DEC]", "[ENC]"], special_tokens=True)  # BLIP's own, after BERT's: a prompt that spells one has it
         if len(self.tokenizer) != self.text.config.vocab_size:  # of a folder without one transformers makes up an empty one
             raise RunError(f"{source.base}: its tokenizer has {len(self.tokenizer)} tokens with BLIP's two, accepted: {self.text.config.vocab_size}, "
-                           f"of which {source.model} has embeddings")
+                           f"of which {source.model} has embeddings, as with {BASE}")
 
     @torch.no_grad()
     def forward(self, pictures: Tensor | Sequence[Tensor], prompts: Sequence[str]) -> Tensor:
@@ -62,6 +63,13 @@ def preprocessed(pictures: Tensor | Sequence[Tensor]) -> Tensor:
     """[H, W, 3] in 0..1 each, taken in 8 bits, to [N, 3, 224, 224] float32."""
     pixels = torch.from_numpy(np.stack([cropped(to_bytes(picture), SIDE) for picture in pictures]))
     return normalised(pixels.permute(0, 3, 1, 2).float() / 255)
+
+
+def _tokenizer(source: Source) -> BertTokenizerFast:
+    try:
+        return BertTokenizerFast.from_pretrained(source.base, local_files_only=True)
+    except Exception as error:  # the tokenizers library has classes of its own, and of a damaged file any comes
+        raise RunError(f"{source.base}: its tokenizer cannot be loaded ({' '.join(str(error).split())[:200]}), accepted: that of {BASE}") from None
 
 
 def _vision_config(tensors: dict[str, Tensor]) -> BlipVisionConfig:

@@ -4,8 +4,8 @@ Qwen2-VL-2B, with a LoRA, reads about two frames a second of the video, of at mo
 each of three marks. A reward is one of them, or their sum ("overall"): normalised to mean 0 and deviation 1 by its makers' figures, and about
 -3 to 3, or raw. Takes the folder KwaiVGI/VideoReward of huggingface.co (model_config.json, and in the newest checkpoint-* model.pth, or
 adapter_model.safetensors with non_lora_state_dict.pth), and of Qwen/Qwen2-VL-2B-Instruct the configuration and the tokenizer, with the latter form
-its weights too. The published code reads a file that was compressed first; here the frames are scored themselves. Instruction (video_align.txt)
-and code are MIT, weights Apache-2.0, Qwen2-VL is Apache-2.0.
+its weights too. The published code reads a file that was compressed first; here the frames are scored themselves, in the precision of the
+stored embeddings, the head's in float32. Instruction (video_align.txt) and code are MIT, weights Apache-2.0, Qwen2-VL is Apache-2.0.
 """
 
 from __future__ import annotations
@@ -123,14 +123,22 @@ def _config(path: Path) -> dict:
                 if found[section].get(name) != value:
                     raise RunError(f"{path}: {section}.{name} is {found[section].get(name)!r}, accepted: {value!r}, as published")
         found["data_config"]["fps"], found["data_config"]["max_frame_pixels"], found["model_config"]["output_dim"], found["peft_lora_config"]
+        if (norms := found.get("inference_config")) is not None:
+            [float(norms[f"{short}_{what}"]) for short in SHORT for what in ("mean", "std")]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise RunError(f"{path} is no configuration of VideoAlign ({type(error).__name__}: {error})") from None
     return found
 
 
+def _number(checkpoint: Path) -> int:
+    """A name without one counts only where no other has one."""
+    number = checkpoint.name.rpartition("-")[2]
+    return int(number) if number.isdecimal() else -1
+
+
 def _weights(source: Source, lora: dict) -> tuple[dict[str, Tensor], Path]:
     """By the names of Qwen2-VL's publishers, the LoRA folded in; and the file that they are from."""
-    folder = max(source.model.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]), default=source.model)
+    folder = max(source.model.glob("checkpoint-*"), key=_number, default=source.model)
     whole, adapter, rest = (folder / name for name in ("model.pth", "adapter_model.safetensors", "non_lora_state_dict.pth"))
     if whole.is_file():
         tensors, path = weights.read(whole), whole
