@@ -92,6 +92,14 @@ def test_two_experts_are_two_files(cli, file, tmp_path):
     assert all("diffusion_model.blocks.0.self_attn.q.lora_A.weight" in load_file(path) for path in done.out)
 
 
+def test_of_two_experts_both_or_none_are_written(cli, file, tmp_path):
+    second = tmp_path / "out_low_noise.safetensors"
+    second.write_bytes(b"mine")
+    done = cli("convert-lora", file(EXPERTS), tmp_path / "out.safetensors")
+    assert done.status == 3 and f"found {second}, which is there already" in done.verdict[0]
+    assert sorted(path.name for path in tmp_path.glob("out*")) == [second.name] and second.read_bytes() == b"mine"
+
+
 def test_what_is_missing_of_a_fused_layer_is_asked_of_the_base_model(cli, file, tmp_path, monkeypatch):
     out, path = tmp_path / "out.safetensors", file(HUNYUAN)
     done = cli("convert-lora", path, out)

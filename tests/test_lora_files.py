@@ -1,5 +1,6 @@
 """A saved LoRA loaded again: the same pictures, what is filled with zeros, and what is refused in one line."""
 
+import copy
 import dataclasses
 import os
 
@@ -211,3 +212,28 @@ def test_it_says_so_when_the_policy_has_another_name(host, file, policy, tmp_pat
     assert said == ["Load Policy LoRA: mine.safetensors was trained on 'another', and is loaded for 'embedded'"]
     with pytest.raises(RunError, match="found one that was loaded from a file, accepted: one from Loop End"):
         nodes.save_lora.SaveLora().save(loaded, "again")
+
+
+@pytest.mark.parametrize("below", [False, True])
+def test_an_adapter_that_cannot_be_attached_to_all_is_left_on_none(policy, monkeypatch, below):
+    first, second = policy.denoiser, copy.deepcopy(policy.denoiser)
+    monkeypatch.setattr(type(policy), "denoisers", property(lambda self: {"": first, "second.": second}))
+    other = Adapter(policy, LoraSettings(2, 2.0, "modulation")) if below else None
+    before = [{name for name, _ in module.named_parameters()} for module in (first, second)]
+    inject, injected = type(second).add_adapter, []
+
+    def add_adapter(self, config, adapter_name):
+        inject(self, config, adapter_name=adapter_name)
+        injected.append(self)
+        if self is second:
+            raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(type(second), "add_adapter", add_adapter)
+    with pytest.raises(torch.OutOfMemoryError):
+        Adapter(policy, LoraSettings(4, 4.0, "modulation"))
+    assert injected == [first, second]
+    assert [{name for name, _ in module.named_parameters()} for module in (first, second)] == before
+    if below:
+        assert first.active_adapters() == second.active_adapters() == [other.name]
+        other.remove()
+    assert not any("lora" in name for name, _ in first.named_parameters())

@@ -97,13 +97,17 @@ class Adapter:
         config = LoraConfig(r=settings.rank, lora_alpha=settings.alpha, target_modules=policy.lora_targets[settings.targets])
         self.parameters: dict[str, torch.nn.Parameter] = {}
         with processes.outside_inference_mode():
-            for prefix, module in policy.denoisers.items():
-                with warnings.catch_warnings():
-                    warnings.filterwarnings("ignore", message=".*get_apply_tensor_subclass")  # of merging into quantised weights, which is not done
-                    module.add_adapter(config, adapter_name=self.name)
-                module.set_adapter(self.name)
-                self.parameters |= {prefix + name.replace(f".{self.name}.", "."): p
-                                    for name, p in module.named_parameters() if f".{self.name}." in name}
+            try:
+                for prefix, module in policy.denoisers.items():
+                    with warnings.catch_warnings():
+                        warnings.filterwarnings("ignore", message=".*get_apply_tensor_subclass")  # of merging into quantised weights, which is not done
+                        module.add_adapter(config, adapter_name=self.name)
+                    module.set_adapter(self.name)
+                    self.parameters |= {prefix + name.replace(f".{self.name}.", "."): p
+                                        for name, p in module.named_parameters() if f".{self.name}." in name}
+            except BaseException:
+                self.remove()  # from those that have it, or a part of it
+                raise
             self._initialise(seed)
         for p in self.parameters.values():
             p.requires_grad_(True)

@@ -82,19 +82,17 @@ def _read(lora: foreign.Lora, family: Family) -> dict[str, Tensor] | None:
 
 def write(found: Found, path: Path, names: str) -> list[Path]:
     """The file in other names, of two experts the two files; returns them. Raises `RunError` where these names have no place for it."""
-    written = []
-    for suffix, content in _contents(found, names).items():
-        target = path.with_name(path.stem + suffix + path.suffix)
-        if target.exists():
-            raise RunError(f"found {target}, which is there already, accepted: a file that is not")
+    contents = {path.with_name(path.stem + suffix + path.suffix): content for suffix, content in _contents(found, names).items()}
+    if there := next((target for target in contents if target.exists()), None):  # before the first is written
+        raise RunError(f"found {there}, which is there already, accepted: a file that is not")
+    for target, content in contents.items():
         header = {key: value for key, value in found.header.items() if not _STALE.fullmatch(key)}
         header |= {"format": "pt", "modelspec.sai_model_spec": "1.0.0", "modelspec.implementation": "diffusers", "modelspec.title": target.stem}
         if len(found.families) == 1:
             header["modelspec.architecture"] = f"{found.families[0].architecture}/lora"
         with replacing(target) as beside:
             save_file({name: _apart(value, found.dtype) for name, value in content.items()}, beside, metadata=header)
-        written.append(target)
-    return written
+    return list(contents)
 
 
 def _apart(value: Tensor, dtype: torch.dtype) -> Tensor:
