@@ -4,11 +4,14 @@ import dataclasses
 import hashlib
 import json
 
+import pytest
 import torch
 from comfy_dancegrpo import headers
 from comfy_dancegrpo.lora import files
 from comfy_dancegrpo.lora.adapter import LoraSettings, LoraSnapshot
 from comfy_dancegrpo.runs import notes
+from comfy_dancegrpo.workflow.host import use
+from loopback import Noting
 
 LAYERS = {"flux-1-dev/lora": ("single_transformer_blocks.37.attn.to_q", 3072), "hunyuan-video/lora": ("single_transformer_blocks.39.norm.linear", 3072),
           "stable-diffusion-xl-v1-base/lora": ("down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k", 2048), None: ("transformer_blocks.0.attn.to_q", 16)}
@@ -54,3 +57,15 @@ def test_the_digest_of_a_snapshot_knows_nothing_of_it(tmp_path):
     tensors = {"transformer_blocks.0.attn.to_q.lora_A.weight": torch.ones(1, 16), "transformer_blocks.0.attn.to_q.lora_B.weight": torch.ones(8, 1)}
     snapshot = LoraSnapshot(tensors, LoraSettings(1, 1.0), "some", "diffusers", 3, False, None)
     assert snapshot.digest() == dataclasses.replace(snapshot, folder=tmp_path).digest()
+
+
+@pytest.mark.parametrize("damage", ["{", "[]", '{"1": {}}'])
+def test_a_damaged_file_of_the_run_is_left_out_and_told(tmp_path, damage):
+    (tmp_path / "prompt.json").write_text(damage)
+    (tmp_path / "metrics.jsonl").write_text('{"rewards": {"clip_score": {"weight": 2.0}}}\n')
+    with use(Noting()) as host:
+        assert notes.of(tmp_path) == {"dancegrpo.reward": "clip_score x 2"}
+        (tmp_path / "prompt.json").unlink()
+        (tmp_path / "metrics.jsonl").write_text("{\n")
+        assert notes.of(tmp_path) == {}
+    assert host.said == [f"{tmp_path / name} is damaged; the LoRA's metadata goes without it" for name in ("prompt.json", "metrics.jsonl")]

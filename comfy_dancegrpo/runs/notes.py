@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from ..workflow.host import host
 from . import metrics
 from .folder import MAY_CHANGE
 
@@ -17,23 +18,32 @@ _TOLD = {"DanceGRPOLoadPolicy": "policy", "DanceGRPOLoopStart": "loop", "DanceGR
 def of(folder: Path | None) -> dict[str, str]:
     """Of a run's folder: `dancegrpo.reward`, `dancegrpo.settings` (JSON), `dancegrpo.workflow` (sha256), `modelspec.resolution`.
 
-    What is not known is left out.
+    What is not known, and what is damaged, is left out: the LoRA is saved all the same.
     """
     if folder is None:
         return {}
     found: dict[str, Any] = {}
-    rows = metrics.read(folder / "metrics.jsonl")
-    if rows:
-        found["dancegrpo.reward"] = ", ".join(f"{name} x {told['weight']:g}" for name, told in rows[-1]["rewards"].items())
-    try:
-        prompt = json.loads((folder / "prompt.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return found
+    for name, told in (("metrics.jsonl", _of_metrics), ("prompt.json", _of_prompt)):
+        try:
+            found |= told(folder / name)
+        except FileNotFoundError:
+            pass
+        except (ValueError, KeyError, TypeError, AttributeError):
+            host().say(f"{folder / name} is damaged; the LoRA's metadata goes without it")
+    return found
+
+
+def _of_metrics(path: Path) -> dict[str, str]:
+    rows = metrics.read(path)
+    return {"dancegrpo.reward": ", ".join(f"{name} x {told['weight']:g}" for name, told in rows[-1]["rewards"].items())} if rows else {}
+
+
+def _of_prompt(path: Path) -> dict[str, str]:
+    prompt = json.loads(path.read_text(encoding="utf-8"))
     settings = _settings(prompt)
     size = settings.get("sample", {})
-    if {"width", "height"} <= size.keys():
-        found["modelspec.resolution"] = f"{size['width']}x{size['height']}"
-    return found | {"dancegrpo.settings": json.dumps(settings, sort_keys=True), "dancegrpo.workflow": digest(prompt)}
+    resolution = {"modelspec.resolution": f"{size['width']}x{size['height']}"} if {"width", "height"} <= size.keys() else {}
+    return resolution | {"dancegrpo.settings": json.dumps(settings, sort_keys=True), "dancegrpo.workflow": digest(prompt)}
 
 
 def digest(prompt: dict[str, dict]) -> str:
