@@ -96,8 +96,8 @@ class RunFolder:
     def add_evaluations(self, node_id: str, found: dict[str, Any], nodes: Collection[str]) -> None:
         """Writes an Evaluate node's figures, by reward, into summary.json, in place of what it wrote before.
 
-        Where several evaluate one reward, the second by node id is clip_score_2, in whatever order they ran; what a node wrote that is
-is dropped (`nodes` are the workflow's). "evaluated_by" names "evaluated_by" names each node's rewards.
+        Where several evaluate one reward, the second by node id is clip_score_2, in whatever order they ran; what a node wrote that is no more
+        in the workflow is dropped (`nodes` are the workflow's). "evaluated_by" names each node's rewards.
         """
         from ..rewards import distinct
 
