@@ -35,6 +35,10 @@ class RunError(DanceGRPOError):
     """A fault while the workflow ran: one line, the last checkpoint is kept."""
 
 
+class OutOfMemory(RunError):
+    """A fault of that kind: the memory of a device did not suffice."""
+
+
 class Interrupted(DanceGRPOError):
     """The user asked to stop (Ctrl-C, the stop button)."""
 

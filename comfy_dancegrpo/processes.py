@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from . import pulse
 from .errors import DanceGRPOError, RunError, WorkflowError
 from .workflow.host import host
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 T = TypeVar("T")
+AGAIN = 75  # exit status (sysexits.h: EX_TEMPFAIL) of one of several that ran out of memory: whoever started them is to start all again, with --resume
 _PATIENCE = datetime.timedelta(hours=12)  # for what the others do: a rollout may take an hour
 _MEETING = datetime.timedelta(minutes=15)  # until all that were announced are there
 _MPI_SIZES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
@@ -133,7 +135,8 @@ class Lost(RunError):
 @contextlib.contextmanager
 def _talking() -> Iterator[None]:
     try:
-        yield
+        with pulse.waiting():
+            yield
     except RuntimeError as error:  # of torch.distributed, whose errors have this class in common
         said = str(error).strip().splitlines()
         raise Lost(f"another process has ended ({said[0] if said else type(error).__name__})") from error

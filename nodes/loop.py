@@ -8,7 +8,7 @@ from comfy_dancegrpo.grpo import optimizers
 from comfy_dancegrpo.grpo.schedules import SCHEDULES
 from comfy_dancegrpo.lora import ALL_WEIGHTS
 from comfy_dancegrpo.runs import trackers
-from comfy_dancegrpo.runs.folder import MAY_CHANGE, ON_EXISTING, name_problem
+from comfy_dancegrpo.runs.folder import MAY_CHANGE, ON_EXISTING, ON_OUT_OF_MEMORY, name_problem
 from comfy_dancegrpo.workflow import loop
 from comfy_dancegrpo.workflow.host import host
 
@@ -68,6 +68,8 @@ class LoopStart:
             "gradient_checkpointing": ("BOOLEAN", {"default": False, "tooltip": "Keeps few activations and computes the others again: much less memory "
                                                                                "in training, about a third more time. The gradient stays the same."}),
             "checkpoints_kept": wires.integer(2, 0, 1_000_000, "The last checkpoints that are kept; 0 keeps all. Where one is damaged, the one before is used."),
+            "on_out_of_memory": wires.choice(list(ON_OUT_OF_MEMORY), "When the GPU's memory does not suffice. stop: the run stops. halve: it is started again "
+                                             "from its last whole iteration with half the micro-batch, as often as it takes, and says so."),
         }}
 
     @classmethod
@@ -143,12 +145,14 @@ class LoopRunner:
         fingerprint = hashlib.sha256(repr(told).encode()).hexdigest()
         try:
             # ComfyUI runs nodes under inference mode; in the body only those that are not ours return to it (host.around)
-            with processes.outside_inference_mode(), Session(policy, prompts, settings, fingerprint, body.end_id, rule) as session:
-                session.live.scoring.link(rewards.linked(runner))
-                while not session.ended:
-                    session.end(runner.step(session.begin())["update"])
-                found = session.snapshot(), session.record()
-            return {"ui": {"dancegrpo_run": [session.folder.name]}, "result": found}
+            with processes.outside_inference_mode():
+                while True:
+                    with Session(policy, prompts, settings, fingerprint, body.end_id, rule) as session:
+                        session.live.scoring.link(rewards.linked(runner))
+                        while not session.ended:
+                            session.end(runner.step(session.begin())["update"])
+                        return {"ui": {"dancegrpo_run": [session.folder.name]}, "result": (session.snapshot(), session.record())}
+                    settings = session.again()
         except ValueError as error:
             raise RunError(str(error)) from error
 

@@ -17,7 +17,7 @@ RECORDED = {
     "DanceGRPOPromptSet": ("text file limit", "image", "DANCEGRPO_PROMPTS"),
     "DanceGRPOLoopStart": (
         "policy prompts run_name iterations prompts_per_iteration seed learning_rate weight_decay lora_rank lora_alpha lora_targets "
-        "ema_decay micro_batch checkpoint_every on_existing", "warmup schedule lora optimizer gradient_checkpointing checkpoints_kept", "DANCEGRPO_LIVE_POLICY DANCEGRPO_PROMPTS INT"),
+        "ema_decay micro_batch checkpoint_every on_existing", "warmup schedule lora optimizer gradient_checkpointing checkpoints_kept on_out_of_memory", "DANCEGRPO_LIVE_POLICY DANCEGRPO_PROMPTS INT"),
     "DanceGRPOGroupSample": (
         "policy prompts group_size steps transition eta shift guidance_scale width height initial_noise", "frames", "DANCEGRPO_ROLLOUT IMAGE"),
     "DanceGRPOLoadReward": ("reward model batch_size", "base frames frame_score device fps offload", "DANCEGRPO_REWARD"),
@@ -60,6 +60,7 @@ CHOICES = {
     "DanceGRPOLoadPolicy.dtype": {"float32", "bfloat16", "float16"},
     "DanceGRPOLoopStart.lora_targets": {"attention", "attention and feed-forward", "all linear layers", "modulation", "all weights (no LoRA)"},
     "DanceGRPOLoopStart.optimizer": {"adamw", "adamw_8bit", "paged_adamw_8bit", "adafactor", "prodigy"},
+    "DanceGRPOLoopStart.on_out_of_memory": {"stop", "halve"},
     "DanceGRPOLoopStart.on_existing": {"new", "resume", "restart"},
     "DanceGRPOLoopStart.schedule": {"constant", "inverse_sqrt"},
     "DanceGRPOWatch.below": {"best", "start"},

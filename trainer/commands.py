@@ -53,6 +53,7 @@ def run(workflow: Workflow, output: Output = Path("output"), models: Models = No
         track: Annotated[Optional[list[str]], typer.Option(metavar="NAME", show_default=False,
                                                            help="Logs the run: tensorboard, wandb, or another of accelerate's trackers. Repeatable.")] = None,
         resume: Annotated[bool, typer.Option("--resume", help="Goes on with the run of that name, as Loop Start's on_existing=resume does.")] = False,
+        hang_timeout: Annotated[float, typer.Option(min=1.0, metavar="SECONDS", help="Ends processes none of which has moved for so long.")] = 3600.0,
         debug: Debug = False) -> None:
     """Runs a workflow: checks it whole, then trains, on every visible GPU."""
     from . import launch
@@ -65,6 +66,10 @@ def run(workflow: Workflow, output: Output = Path("output"), models: Models = No
     def how() -> str:
         return f"; resume with: {resume_command(host, workflow, options)}" if host and host.run_folder else ""
 
+    def how_to_resume(folder: str) -> str:
+        host.run_folder = Path(folder) if folder else None
+        return how()
+
     with _reported(debug, how):
         from comfy_dancegrpo import processes as together
         from comfy_dancegrpo.workflow.execute import execute
@@ -76,7 +81,7 @@ def run(workflow: Workflow, output: Output = Path("output"), models: Models = No
         if config is not None and launch.started() is None:
             raise typer.Exit(launch.accelerate(config, count, _said()))
         if (count := launch.wanted(count)) > 1:
-            raise typer.Exit(launch.launch(count, _said()))
+            raise typer.Exit(launch.launch(count, _said(), hang_timeout, how_to_resume))
         with use(host), host.running():
             execute(host.prompt, host.registry, extra_pnginfo=host.extra_pnginfo)
             together.end()
@@ -326,7 +331,7 @@ def _reported(debug: bool, resume: Callable[[], str] = lambda: "") -> Iterator[N
         if debug:
             traceback.print_exc()
         rank = processes.rank()
-        for line in [] if rank and _told_by_first(error) else _lines(error, resume):
+        for line in [] if rank and _told_by_first(error) else _lines(error, str if _status(error) == processes.AGAIN else resume):  # the launcher starts them again
             print(f"dancegrpo: {f'process {rank}: ' if rank else ''}{line}", file=sys.stderr)
         raise typer.Exit(_status(error)) from None
 

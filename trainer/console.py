@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from comfy_dancegrpo import processes
+from comfy_dancegrpo import processes, pulse
 from comfy_dancegrpo.errors import Interrupted
 
 from .hosts import ProgramHost
@@ -34,7 +34,12 @@ class ConsoleHost(ProgramHost):
         self.shows = processes.is_first()
         self._display = _Silent() if not self.shows else _Bars() if sys.stderr.isatty() else _Lines()
 
+    def run_started(self, folder: Path, node_id: str) -> None:
+        super().run_started(folder, node_id)
+        pulse.tell(run=str(self.run_folder))
+
     def node_started(self, node_id: str, class_type: str, title: str) -> None:
+        pulse.tell(node=title[:100])
         self._display.node(node_id, title)
 
     def node_output(self, node_id: str, ui: dict[str, Any]) -> None:
@@ -50,6 +55,7 @@ class ConsoleHost(ProgramHost):
         self._display.say(line)
 
     def check_interrupt(self) -> None:
+        pulse.tell()
         if processes.count() == 1:  # of many, none may leave while others wait for it
             self.check_before_node()
 

@@ -10,13 +10,15 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Container, Sequence
 from pathlib import Path
 
+from comfy_dancegrpo import pulse
 from comfy_dancegrpo.errors import DanceGRPOError, Interrupted, WorkflowError
-from comfy_dancegrpo.processes import started
+from comfy_dancegrpo.processes import AGAIN, started
 
 LAUNCHER = "DANCEGRPO_LAUNCHER"  # in a process that was started here: the process id of the one that started it
 _OTHERS = ("TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION")  # by which torchrun and accelerate launch are known
@@ -66,33 +68,81 @@ def _accelerators() -> int:
     return torch.cuda.device_count()
 
 
-def launch(count: int, words: Sequence[str]) -> int:
+def launch(count: int, words: Sequence[str], hang_timeout: float, resume: Callable[[str], str]) -> int:
     """Runs `dancegrpo` with these words in `count` processes; returns the exit status of the first that failed, or 0.
 
-    When one fails the others are ended. SIGINT and SIGTERM go to every process each time they come, and the third time all are killed.
+    When one fails the others are ended, and where none has moved for `hang_timeout` seconds all are; `resume(run's folder)` ends the line about it.
+    Where one ran out of memory and the run is to go on with half the micro-batch, all are started again. SIGINT and SIGTERM go to every process each
+    time they come, and the third time all are killed.
     """
-    port, words = _free_port(), [sys.executable, "-m", "comfy_dancegrpo.trainer", *words]
     told: list[int] = []
     previous = {s: signal.signal(s, lambda signum, frame: told.append(signum)) for s in (signal.SIGINT, signal.SIGTERM)}
-    children: list[subprocess.Popen] = []
     try:
-        for rank in range(count):
-            children.append(subprocess.Popen(words, env=_environment(count, rank, port), start_new_session=True))
-        return _watch(children, told)
+        while True:
+            with tempfile.TemporaryDirectory(prefix="dancegrpo-") as folder:
+                status = _run(count, words, Pulses(Path(folder), hang_timeout, resume), told)
+                run = pulse.read(Path(folder)).get(0, {}).get("run", "")
+            if status != AGAIN or told or not run:
+                return status
+            print("dancegrpo: the processes are started again, with half the micro-batch", file=sys.stderr, flush=True)
+            words = [*words, "--run", Path(run).name, "--resume"]
     finally:
         for signum, handler in previous.items():
             signal.signal(signum, handler)
+
+
+def _run(count: int, words: Sequence[str], pulses: Pulses, told: list[int]) -> int:
+    port, words = _free_port(), [sys.executable, "-m", "comfy_dancegrpo.trainer", *words]
+    children: list[subprocess.Popen] = []
+    try:
+        for rank in range(count):
+            environment = {**_environment(count, rank, port), pulse.FOLDER: str(pulses.folder)}
+            children.append(subprocess.Popen(words, env=environment, start_new_session=True))
+        return _watch(children, told, pulses)
+    finally:
         _end(children, _KILL)
 
 
-def _watch(children: list[subprocess.Popen], told: list[int]) -> int:
+class Pulses:
+    """What the processes tell of themselves, and how long it has been the same."""
+
+    def __init__(self, folder: Path, hang_timeout: float, resume: Callable[[str], str]):
+        self.folder, self.hung = folder, set()
+        self._timeout, self._resume, self._last, self._since, self._looked = hang_timeout, resume, {}, time.monotonic(), 0.0
+
+    def find_hung(self, children: list[subprocess.Popen]) -> list[subprocess.Popen]:
+        """Those to be ended because nothing has moved for too long, which is told, once: those that compute, or where all wait, all."""
+        now = time.monotonic()
+        if self.hung or now < self._looked + _LOOK:
+            return []
+        self._looked, found = now, pulse.read(self.folder)
+        if found != self._last:
+            self._last, self._since = found, now
+        if now < self._since + self._timeout:
+            return []
+        waiting = [rank for rank in range(len(children)) if found.get(rank, {}).get("waits")]
+        self.hung = set(range(len(children))) - set(waiting) or set(waiting)
+        names = ", ".join(f"process {rank}" + (f' in "{node}"' if (node := found.get(rank, {}).get("node")) else "") for rank in sorted(self.hung))
+        others = f", for which {_listed(waiting)} waited" if set(waiting) - self.hung else ", each waiting for the others" if waiting else ""
+        run = found.get(0, {}).get("run", "")
+        print(f"dancegrpo: nothing has moved for {self._timeout:g} s (--hang-timeout): ended {names}{others}{self._resume(run)}", file=sys.stderr, flush=True)
+        return [children[rank] for rank in self.hung]
+
+
+def _listed(ranks: list[int]) -> str:
+    return ("process " if len(ranks) == 1 else "processes ") + ", ".join(map(str, ranks))
+
+
+def _watch(children: list[subprocess.Popen], told: list[int], pulses: Pulses) -> int:
     failed, since, handled, warned = None, 0.0, 0, False
     while any(child.poll() is None for child in children):
         for signum in told[handled:]:
             handled += 1
             _end(children, signum if handled < 3 else _KILL)
-        if failed is None and (failed := _first_failed(children, told)) is not None:
-            since = time.monotonic()
+        if failed is None:
+            _end(pulses.find_hung(children), _KILL)
+            if (failed := _first_failed(children, told, pulses.hung)) is not None:
+                since = time.monotonic()
         if failed is not None and time.monotonic() > since + GRACE:
             if not warned:
                 warned = True
@@ -100,17 +150,19 @@ def _watch(children: list[subprocess.Popen], told: list[int]) -> int:
             elif time.monotonic() > since + 2 * GRACE:
                 _end(children, _KILL)
         time.sleep(0.05)
-    failed = failed or _first_failed(children, told)
+    failed = failed or _first_failed(children, told, pulses.hung)
+    if any(child.returncode == AGAIN for child in children):
+        return AGAIN
     if failed is None:  # those that were told to stop are no failures
         return 128 + told[0] if any(child.returncode for child in children) else 0
     return failed.returncode if failed.returncode > 0 else DanceGRPOError.exit_status
 
 
-def _first_failed(children: list[subprocess.Popen], told: list[int]) -> subprocess.Popen | None:
+def _first_failed(children: list[subprocess.Popen], told: list[int], hung: Container[int]) -> subprocess.Popen | None:
     """One that has ended with an error, not because it was told to; one that could not say so itself is told of."""
     for rank, child in enumerate(children):
         if child.returncode and not (told and (child.returncode in _STOPPED or child.returncode < 0)):
-            if child.returncode < 0:
+            if child.returncode < 0 and rank not in hung:
                 print(f"dancegrpo: process {rank} was killed by {signal.Signals(-child.returncode).name}", file=sys.stderr, flush=True)
             return child
     return None

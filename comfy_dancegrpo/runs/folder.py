@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from filelock import BaseFileLock
 
 ON_EXISTING = ("new", "resume", "restart")
+ON_OUT_OF_MEMORY = ("stop", "halve")
 MAY_CHANGE = ("run_name", "iterations", "checkpoint_every", "on_existing", "micro_batch", "gradient_checkpointing", "checkpoints_kept",
               "on_out_of_memory", "max_skipped_steps")  # without it being another run
 WRITTEN = ("workflow.json", "prompt.json", "run.json", "metrics.jsonl", "watch.jsonl", "summary.json", "images", "videos", "checkpoints", "lora", "live",
@@ -113,6 +114,22 @@ class RunFolder:
             for reward, values in figures[node].items():
                 summary["evaluations"][distinct(reward, summary["evaluations"])] = values
         write_atomically(path, json.dumps(summary, indent=2) + "\n")
+
+    def note_out_of_memory(self, micro_batch: int) -> None:
+        """Remembers, until the run starts over, that memory did not suffice for a micro-batch of this size. Any process may tell it."""
+        with replacing(self._out_of_memory, f".{os.getpid()}") as beside:
+            beside.write_text(f"{micro_batch}\n", encoding="utf-8")
+
+    @property
+    def _out_of_memory(self) -> Path:
+        return self.live / "out_of_memory"
+
+    def fitting(self, micro_batch: int) -> int:
+        """This micro-batch, or half of the one that memory did not suffice for where that is smaller."""
+        try:
+            return min(micro_batch, max(1, int(self._out_of_memory.read_text(encoding="utf-8")) // 2))
+        except (OSError, ValueError):
+            return micro_batch
 
     def create(self, fingerprint: str, micro_batch: int) -> None:
         """Makes the folder afresh, and writes the workflow as given and as executed, where the host knows them."""

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from .. import processes
-from ..errors import RunError
+from ..errors import OutOfMemory, RunError
 from ..grpo.learner import Learner, OptimizerSettings
 from ..grpo.noise import generator
 from ..grpo.protocol import Conditioning, Size
@@ -35,7 +35,8 @@ ENCODED_AHEAD = 16  # iterations whose prompts are encoded together, on an accel
 
 @dataclass(frozen=True)
 class LoopSettings:
-    """What Loop Start asks. checkpoint_every: iterations; 0 writes one at the end alone; checkpoints_kept: 0 keeps all. micro_batch: samples in every
+    """What Loop Start asks. checkpoint_every: iterations; 0 writes one at the end alone; checkpoints_kept: 0 keeps all.
+    on_out_of_memory: one of `folder.ON_OUT_OF_MEMORY`. micro_batch: samples in every
     denoiser call of the run (DESIGN: one batch shape). lora: what is trained. start_from: a LoRA, or weights, that it begins with."""
 
     run_name: str = "run"
@@ -50,6 +51,7 @@ class LoopSettings:
     start_from: LoraSnapshot | FullSnapshot | None = field(default=None, repr=False)
     gradient_checkpointing: bool = False
     checkpoints_kept: int = checkpoints.KEPT
+    on_out_of_memory: str = "stop"
 
 
 @dataclass(frozen=True)
@@ -101,12 +103,14 @@ class Session:
         self._seconds: deque[float] = deque(maxlen=20)  # of the last iterations
         self._writer, self._held_up = checkpoints.Writer(), 0.0  # seconds that checkpoints have held up the training since the last row
         self.first_reward: float | None = None
+        self._restarts = False  # after an error: with half the micro-batch
 
     def __enter__(self) -> Session:
         settings = self.settings
         if len(set(processes.all_of(self._fingerprint))) > 1:
             raise RunError("the processes do not have the same prompts, LoRA to start from or settings; accepted: the same files on every machine")
-        self.folder, self.action = processes.on_first(self._claim)
+        self.folder, self.action, micro_batch = processes.on_first(self._claim)
+        self.settings = settings = replace(settings, micro_batch=micro_batch)
         with contextlib.ExitStack() as undo:
             undo.callback(self._let_go)
             processes.on_first(self._keep_source)
@@ -136,11 +140,14 @@ class Session:
             undo.pop_all()
         return self
 
-    def _claim(self) -> tuple[RunFolder, str]:
+    def _claim(self) -> tuple[RunFolder, str, int]:
         s = self.settings
         folder, action, self._lock = claim(s.run_name, self._fingerprint, s.iterations, s.micro_batch, s.on_existing)
         self._is_new = not folder.record
-        return folder, action
+        fits = folder.fitting(s.micro_batch) if action == "resume" and s.on_out_of_memory == "halve" else s.micro_batch
+        if fits < s.micro_batch:
+            host().say(f"run {folder.name!r} ran out of memory with a larger micro-batch: it goes on with {fits} instead of {s.micro_batch}")
+        return folder, action, fits
 
     def _keep_source(self) -> None:
         """Raises `RunError` where starting over would delete the LoRA that the run starts from."""
@@ -299,7 +306,13 @@ class Session:
     def record(self) -> RunRecord:
         return RunRecord(self.folder.path, tuple(metrics.read(self.folder.metrics)), tuple(self.watch.rows))
 
-    def __exit__(self, kind, error, trace) -> None:
+    def __exit__(self, kind, error, trace) -> bool:
+        """True, for an error that is no more, where the run is to go on as `again` says."""
+        self._restarts = isinstance(error, OutOfMemory) and self.settings.on_out_of_memory == "halve" and self.settings.micro_batch > 1
+        if self._restarts:
+            self.folder.note_out_of_memory(self.settings.micro_batch)
+            error.exit_status = processes.AGAIN
+            host().say(f"WARNING: {error}; the run is started again after iteration {self._done}, with half the micro-batch")
         with contextlib.ExitStack() as steps:  # from the last to the first, each whatever became of the others
             steps.callback(lambda: host().run_ended(self.folder.path, "finished" if self.finished else "stopped"))
             steps.callback(self._let_go)
@@ -312,6 +325,7 @@ class Session:
             steps.callback(self.trained.remove)
             steps.callback(self.policy.checkpoint_gradients, False)
             steps.callback(self.live.scoring.close)
+        return self._restarts and processes.count() == 1  # of several, the others wait for what this one will not do
 
     def _tell_the_end(self, asked_twice: bool) -> None:
         """The trackers' last words and the report; whoever asked twice to stop is not to wait for them."""
@@ -320,11 +334,17 @@ class Session:
             if self._done:
                 report.leave(self.folder.path)
 
+    def again(self) -> LoopSettings:
+        """Of the session that goes on where this one ran out of memory; what this one holds is given back first."""
+        del self.live, self.trained
+        processes.empty_cache()
+        return replace(self.settings, run_name=self.folder.name, on_existing="resume")
+
     def _let_go(self) -> None:
         """Leaves the folder to others; one that this session made, and did nothing in, goes."""
         if not processes.is_first():
             return
-        nothing = self._is_new and self._done == 0
+        nothing = self._is_new and self._done == 0 and self.folder.fitting(self.settings.micro_batch) == self.settings.micro_batch
         if nothing:
             self.folder.discard()
         self._lock.release()
@@ -339,6 +359,8 @@ class Session:
         with contextlib.suppress(OSError):  # of one that was being written: another is now, and raises what is still wrong
             self._settle()
         self._save("finished" if self.finished else "stopped")  # a full disk raises here too: the former checkpoint is still whole
+        if self._restarts:
+            return
         kept = f"checkpoint in {self.folder.checkpoints}"
         if broken_off:
             path = self.folder.lora / f"{self.folder.name}.safetensors"

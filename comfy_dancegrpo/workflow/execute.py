@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from .. import processes
-from ..errors import DanceGRPOError, Interrupted, RunError, WorkflowError, is_stop
+from ..errors import DanceGRPOError, Interrupted, OutOfMemory, RunError, WorkflowError, is_stop
 from . import calls
 from .graph import DynamicPrompt, NodeSpec, Prompt, ancestors, is_link, links
 from .host import host
@@ -176,7 +176,8 @@ class _Run:
         except Exception as error:
             if is_stop(error):  # ComfyUI's own stop button, pressed inside a lent node
                 raise
-            raise RunError(_cause(error)).at(self.graph.label(node_id)) from error
+            kind = OutOfMemory if _out_of_memory(error) else RunError
+            raise kind(_cause(error)).at(self.graph.label(node_id)) from error
 
     def _call(self, node_id: str) -> list[calls.Returned] | None:
         """The node's results, one per call; None when it needs lazy inputs or grafted nodes done first."""
@@ -292,9 +293,13 @@ class _Run:
         return self.executor.spec(self.graph.nodes, node_id)
 
 
+def _out_of_memory(error: Exception) -> bool:
+    return type(error).__name__ == "OutOfMemoryError"  # torch's, which this file does not import
+
+
 def _cause(error: Exception) -> str:
     """An exception in one line: its class and the first line of what it says, or, out of memory, what to lower."""
-    if type(error).__name__ == "OutOfMemoryError":
+    if _out_of_memory(error):
         return 'out of memory; lower Loop Start\'s "micro_batch" first (it changes what fits, not what is learned), then the pictures\' size'
     said = str(error).strip().splitlines()
     return f"{type(error).__name__}: {said[0]}" if said else type(error).__name__
