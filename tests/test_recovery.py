@@ -235,6 +235,24 @@ def ended(process):
     return process.returncode, lines
 
 
+def test_a_run_of_one_process_goes_on_in_two(together, tmp_path):
+    def done(*more):
+        status, lines = ended(together(*more))
+        assert status == 0, lines
+        return lines
+
+    done("--output", tmp_path / "whole")
+    done("--iterations", 2)
+    (tmp_path / "output/quickstart/lora/quickstart.safetensors").unlink()
+    lines = done("--resume", "--processes", 2)
+    assert any("the number of processes changes from 1 to 2: from here on the run is not bit for bit" in line for line in lines)
+    assert [row["iteration"] for row in rows(tmp_path / "output")] == [1, 2, 3]
+    found, expected = (torch.cat([t.double().flatten() for _, t in sorted(lora(tmp_path / name).items())]) for name in ("output", "whole"))
+    off = ((found - expected).norm() / expected.norm()).item()
+    print(f"\nLoRA off by {off:.1e}")
+    assert off < 1e-3
+
+
 @linux
 def test_a_process_that_hangs_is_named_and_the_run_goes_on_in_another_number_of_processes(together, tmp_path, cli):
     process = together("--processes", 2, "--hang-timeout", 30)
