@@ -36,6 +36,10 @@ def _state():
     from accelerate import PartialState
     from accelerate.utils import parse_flag_from_env
 
+    if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
+        raise WorkflowError("accelerate's distributed_type: found DEEPSPEED, accepted: MULTI_GPU, or FSDP with fsdp_version 2, which shards weights "
+                            "and optimizer as DeepSpeed's ZeRO stage 3 does")
+    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"  # transformers would leave the text encoders of all processes but the first empty
     announced = started() or 1
     timeout = {"timeout": _MEETING} if announced > 1 else {}
     # without being told, accelerate overlooks the other processes where there is no GPU
@@ -80,6 +84,11 @@ def rank() -> int:
 def is_first() -> bool:
     """Whether this process is the one that reads the workflow, writes files and shows progress."""
     return rank() == 0
+
+
+def sharded() -> bool:
+    """Whether each process is to hold a part of the denoisers' weights alone (`sharding`), as accelerate's configuration says."""
+    return os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true", "yes", "on") and count() > 1
 
 
 def device():

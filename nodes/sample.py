@@ -16,6 +16,7 @@ class Sample:
     OUTPUT_TOOLTIPS = ("Prompt after prompt: pictures as one batch, videos as a list, one for each.",)
     OUTPUT_IS_LIST = (True,)
     FUNCTION = "sample"
+    EVERY_PROCESS = True  # the weights may be spread over them
 
     @classmethod
     def INPUT_TYPES(cls):

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from spmd import in_processes
+from spmd import distance, in_processes
 
 from comfy_dancegrpo import policies, processes, rewards
 from comfy_dancegrpo.grpo.advantages import combine
@@ -58,14 +58,6 @@ def iterations(count, settings, planted=False):
     found["stats"] = {name: getattr(found["stats"], name) for name in ("loss", "ratio_deviation", "clip_fraction", "grad_norm", "transitions", "calls")}
     found["lora"], found["ema"] = learner.weights(averaged=False), learner.weights()
     return found
-
-
-def norm(tensors):
-    return torch.cat([t.double().flatten() for t in tensors.values()]).norm().item()
-
-
-def distance(a, b):
-    return norm({name: a[name] - b[name] for name in a}) / norm(b)
 
 
 SETTINGS = UpdateSettings(clip_range=1e-3, train_fraction=1.0, optimizer_steps=2)

@@ -53,7 +53,7 @@ def test_replay_brings_each_micro_batch_to_the_device_that_computes():
         advantages = dataclasses.replace(advantages, scores=dataclasses.replace(advantages.scores, rollout=there))
         pairs, calls = [(n, t) for n in range(6) for t in range(3)], CallCount()
         with torch.enable_grad():
-            found = list(updating._accumulate(learner, advantages, pairs, {n: n for n in range(6)}, len(pairs), 1e-4, calls))
+            found = list(updating._accumulate(learner, advantages, pairs, pairs, {n: n for n in range(6)}, 5, 1e-4, calls))
         assert calls.backward == 20 and len(found) == 5 and policy.weight.grad.device.type == "meta"
         with pytest.raises(RuntimeError, match="same device"):
             there.states * plan.grid.levels[:4, None]  # or the check above could not fail

@@ -12,11 +12,14 @@ from .protocol import CallCount, Conditioning, Denoiser, SamplingPlan
 from .transitions import TRANSITIONS
 
 
-def micro_batches(count: int, size: int) -> Iterator[tuple[Tensor, int]]:
-    """Row indices in parts of exactly `size`, the last padded by repeating its last row: (index [size] int64, real rows)."""
-    for start in range(0, count, size):
-        real = min(size, count - start)
-        yield torch.arange(start, start + size).clamp(max=start + real - 1), real
+def micro_batches(count: int, size: int, parts: int = 0) -> Iterator[tuple[Tensor, int]]:
+    """Row indices in parts of exactly `size`, the last padded by repeating its last row: (index [size] int64, real rows).
+
+    parts: how many there are at least; those beyond the rows are all padding, of the last row, or, where there is none, of row 0.
+    """
+    for start in range(0, max(count, parts * size), size):
+        real = max(0, min(size, count - start))
+        yield torch.arange(start, start + size).clamp(max=max(count - 1, 0)), real
 
 
 def step(policy: Denoiser, x: Tensor, index: Tensor, conditioning: Conditioning, plan: SamplingPlan,

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .. import processes, sharding
 from . import optimizers
 from .protocol import Denoiser
 from .schedules import share
@@ -55,7 +56,7 @@ class Learner:
 
     def clip_grad_norm(self, limit: float) -> float:
         """Scales the gradient to at most `limit` in norm; returns the norm before."""
-        return torch.nn.utils.clip_grad_norm_(self.parameters.values(), limit).item()
+        return sharding.number(torch.nn.utils.clip_grad_norm_(self.parameters.values(), limit))
 
     def zero_grad(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
@@ -76,9 +77,9 @@ class Learner:
         self.version = (self.version[0], self.version[1] + 1)
 
     def weights(self, averaged: bool = True) -> dict[str, Tensor]:
-        """Copies of the trained tensors, float32 on the CPU: the moving average where it is on and asked for."""
+        """Copies of the trained tensors, float32 on the CPU: the moving average where it is on and asked for. Of sharded ones the first process's alone."""
         source = self.ema if averaged and self.ema is not None else self.parameters
-        return {name: value.detach().float().cpu().clone() for name, value in source.items()}
+        return _known({name: sharding.whole(value.float()) for name, value in source.items()})
 
     @contextlib.contextmanager
     def holding(self, weights: dict[str, Tensor]) -> Iterator[None]:
@@ -93,26 +94,26 @@ class Learner:
     @torch.no_grad()
     def _put(self, weights: dict[str, Tensor]) -> None:
         for name, p in self.parameters.items():
-            p.copy_(weights[name])
+            sharding.put(p, weights.get(name))
         self._written()
 
     # -- checkpoints ------------------------------------------------------------------------------------------------
     def state(self) -> dict[str, Tensor]:
-        """Everything that the next iteration depends on, as one flat dictionary of tensors."""
-        tensors = {f"parameters.{name}": p.detach().to("cpu", copy=True) for name, p in self.parameters.items()}
+        """Everything that the next iteration depends on, as one flat dictionary of tensors; what is sharded has the first process alone."""
+        tensors = {f"parameters.{name}": sharding.whole(p) for name, p in self.parameters.items()}
         for name, value in (self.ema or {}).items():
-            tensors[f"ema.{name}"] = value.to("cpu", copy=True)
+            tensors[f"ema.{name}"] = sharding.whole(value)
         groups = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.state_dict()["param_groups"]]
         numbers: dict[str, dict] = {}  # what an optimizer keeps beside tensors, such as a count of its steps
         for name, p in self.parameters.items():
             for key, value in self.optimizer.state.get(p, {}).items():
                 if isinstance(value, Tensor):
-                    tensors[f"{_SLOT}{key}.{name}"] = value.detach().to("cpu", copy=True)
+                    tensors[f"{_SLOT}{key}.{name}"] = sharding.whole(value)
                 else:
                     numbers.setdefault(name, {})[key] = value
         tensors[_REST] = _packed({"groups": groups, "numbers": numbers})
         tensors["version"], tensors["skipped"] = torch.tensor(self.version[1]), torch.tensor(self.skipped)
-        return tensors
+        return _known(tensors)
 
     def result(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """What a state is saved and evaluated as, by parameter, float32: the moving average where it is on."""
@@ -121,15 +122,24 @@ class Learner:
 
     @torch.no_grad()
     def load_state(self, tensors: dict[str, Tensor]) -> None:
-        """The inverse of `state`. Raises `KeyError` when a parameter is missing from it."""
+        """The inverse of `state`, of the first process's; what others have is passed over. Raises `KeyError` when a parameter is missing from it."""
         slots: dict[str, dict] = {name: {} for name in self.parameters}
-        for name, value in tensors.items():
+        shapes = processes.broadcast({name: value.shape for name, value in tensors.items()})
+
+        def get(name: str, target: Tensor) -> Tensor | None:
+            """As `target` is, of the same shape."""
+            if name not in shapes:
+                raise KeyError(name)
+            value = tensors.get(name) if processes.is_first() else None
+            return sharding.like(value, target) if sharding.is_part(target) and shapes[name] == target.shape else processes.broadcast(value)
+
+        for name in shapes:
             if name.startswith(_SLOT):
                 key, _, parameter = name.removeprefix(_SLOT).partition(".")
-                slots[parameter][key] = value.clone()
+                slots[parameter][key] = get(name, self.parameters[parameter]).clone()
         state = self.optimizer.state_dict()
-        if _REST in tensors:  # a checkpoint of an older version has none
-            rest = _unpacked(tensors[_REST])
+        if _REST in shapes:  # a checkpoint of an older version has none
+            rest = processes.broadcast(_unpacked(tensors[_REST]) if processes.is_first() else None)
             for group, saved in zip(state["param_groups"], rest["groups"]):
                 group |= {key: tuple(value) if isinstance(value, list) else value for key, value in saved.items()}
             for parameter, values in rest["numbers"].items():
@@ -137,11 +147,17 @@ class Learner:
         state["state"] = {i: slots[name] for i, name in enumerate(self.parameters) if slots[name]}
         self.optimizer.load_state_dict(state)
         for name, p in self.parameters.items():
-            p.copy_(tensors[f"parameters.{name}"])
+            p.copy_(get(f"parameters.{name}", p))
             if self.ema is not None:
-                self.ema[name].copy_(tensors[f"ema.{name}"])
+                self.ema[name].copy_(get(f"ema.{name}", p))
         self._written()
-        self.version, self.skipped = (self.version[0], int(tensors["version"])), int(tensors.get("skipped", 0))
+        self.version = (self.version[0], int(get("version", torch.tensor(0))))
+        self.skipped = int(get("skipped", torch.tensor(0))) if "skipped" in shapes else 0
+
+
+def _known(tensors: dict[str, Tensor | None]) -> dict[str, Tensor]:
+    """Without those that another process has."""
+    return {name: value for name, value in tensors.items() if value is not None}
 
 
 def _packed(value: dict) -> Tensor:

@@ -33,9 +33,14 @@ def problem(name: str) -> str | None:
 
 def make(name: str, parameters: Iterable[torch.nn.Parameter], settings: OptimizerSettings) -> torch.optim.Optimizer:
     """Raises `ValueError`, one line, where its package is not installed."""
+    from .. import sharding  # and torch
+
+    parameters = list(parameters)
     if line := problem(name):
         raise ValueError(line)
+    if name != "adamw" and any(map(sharding.is_part, parameters)):
+        raise ValueError(f'input "optimizer": found {name!r}, accepted with sharded weights: \'adamw\', whose steps do not mix the parts')
     module, cls, _, options = OPTIMIZERS[name]
     betas = {} if name in WITHOUT_BETAS else {"betas": settings.betas}
     return getattr(importlib.import_module(module), cls)(
-        list(parameters), lr=settings.learning_rate, weight_decay=settings.weight_decay, **betas, **options)
+        parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay, **betas, **options)

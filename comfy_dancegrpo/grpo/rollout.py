@@ -71,7 +71,7 @@ def initial_noise(request: Request, rows: Tensor, dtype: torch.dtype = torch.flo
 def sample(policy: Denoiser, request: Request, conditioning: Conditioning, plan: SamplingPlan, version: tuple[str, int],
            initial: Tensor | None = None, tick: Callable[[int, int], None] = lambda done, total: None, record: bool = True,
            hand: Callable[[Tensor], None] = lambda pictures: None) -> Rollout:
-    """Draws this process's share of the request, micro-batch by micro-batch.
+    """Draws this process's share of the request, micro-batch by micro-batch; every process makes as many denoiser calls as any other.
 
     Args:
         conditioning: P rows. version: of the policy, carried by the rollout. initial: [N, *latent_shape], in place of the
@@ -84,12 +84,13 @@ def sample(policy: Denoiser, request: Request, conditioning: Conditioning, plan:
     """
     device, levels = plan.grid.levels.device, plan.grid.levels
     places, steps, calls = request.places, plan.grid.steps, CallCount()
-    count = len(places)
+    count, most = len(places), -(-len(request.groups) // processes.count())
+    stand_in = places if count else places.new_zeros(1)  # of a process without samples, which draws what nobody sees
     transition = TRANSITIONS[plan.transition]
     noisy = transition.stochastic and plan.eta > 0
     states, log_probs, pictures, seconds = [], [], [], {"denoise": 0.0, "decode": 0.0}
-    for own, real in micro_batches(count, request.micro_batch):
-        start, rows = time.perf_counter(), places[own]
+    for own, real in micro_batches(count, request.micro_batch, -(-most // request.micro_batch)):
+        start, rows = time.perf_counter(), stand_in[own]
         noise = initial_noise(request, rows, levels.dtype) if initial is None else initial[rows.to(initial.device)]
         x, batch = noise.to(device), conditioning.rows(request.groups[rows].to(device))
         sources = [generator("step", request.seed, request.iteration, g, i)
@@ -111,7 +112,8 @@ def sample(policy: Denoiser, request: Request, conditioning: Conditioning, plan:
         if densities:
             log_probs.append(torch.stack(densities, 1)[:real])
         pictures.append(decoded[:real].float().cpu())
-        hand(pictures[-1])
+        if real:
+            hand(pictures[-1])
         seconds["denoise"] += decoding - start
         seconds["decode"] += time.perf_counter() - decoding
         tick(min(int(own[0]) + request.micro_batch, count), count)

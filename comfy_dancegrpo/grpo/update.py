@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from .. import processes
+from .. import processes, sharding
 from . import objectives
 from .forward import micro_batches, step
 from .gaussian import log_prob
@@ -83,7 +83,8 @@ def update(learner: Learner, advantages: Advantages, settings: UpdateSettings,
     """Trains the learner's policy on a scored rollout (arXiv 2505.07818, algorithm 1).
 
     Each optimizer step accumulates the gradient of the mean clipped loss over its (sample, step) pairs, in micro-batches of
-    the rollout's shape: each process over the samples that it drew, and the sum over the processes is what is stepped along.
+    the rollout's shape: each process over the samples that it drew, in as many calls as any other, and the sum over the processes is what
+    is stepped along.
     `tick(pairs done, pairs in all)`, of this process, is called after each; it may raise to stop.
 
     Raises:
@@ -99,13 +100,14 @@ def update(learner: Learner, advantages: Advantages, settings: UpdateSettings,
     parts, calls = shares(rollout, advantages.trained, settings), CallCount()
     here = {n: row for row, n in enumerate(rollout.places.tolist())}
     own = [[(n, t) for n, t in pairs if n in here] for pairs in parts]
+    micro_batches_of = [max(column) for column in zip(*processes.all_of([-(-len(pairs) // rollout.micro_batch) for pairs in own]))]
     total, done = sum(map(len, own)), 0
     losses, ratios, norms, skipped = [], [[] for _ in parts], [], set()
     learner.zero_grad()  # of an update that was interrupted
     with torch.inference_mode(False), torch.enable_grad():
         for k, pairs_here in enumerate(own):
             of_step = []
-            for loss, ratio in _accumulate(learner, advantages, pairs_here, here, len(parts[k]), settings.clip_range, calls):
+            for loss, ratio in _accumulate(learner, advantages, parts[k], pairs_here, here, micro_batches_of[k], settings.clip_range, calls):
                 of_step.append(loss), ratios[k].append(ratio)
                 done += len(ratio)
                 tick(done, total)
@@ -149,12 +151,12 @@ def _skip(learner: Learner, norm: float, most: int) -> None:
 
 
 def _sum_gradients(learner: Learner) -> None:
-    """Over all processes; one that had no pair in this step has no gradient of its own.
+    """Over all processes; one that had no pair in this step has no gradient of its own. What is in parts was summed in the backward pass.
 
     A parameter that no process has a gradient of (the expert whose noise levels no pair has) keeps none: the optimizer leaves it alone, as with one process.
     """
-    if processes.count() > 1:
-        parameters = list(learner.parameters.values())
+    parameters = [p for p in learner.parameters.values() if not sharding.is_part(p)]
+    if processes.count() > 1 and parameters:
         having = torch.tensor([p.grad is not None for p in parameters], dtype=torch.int32)
         processes.sum_over_all([having])
         parameters = [p for p, anywhere in zip(parameters, having.tolist()) if anywhere]
@@ -169,18 +171,20 @@ def _of_all(parts: list[Tensor]) -> Tensor:
     return torch.cat(processes.all_of(torch.cat(parts).cpu().double() if parts else torch.zeros(0, dtype=torch.float64)))
 
 
-def _accumulate(learner: Learner, advantages: Advantages, pairs: list[tuple[int, int]], here: dict[int, int], count: int,
-                clip_range: float, calls: CallCount) -> Iterator[tuple[Tensor, Tensor]]:
-    """Adds these pairs' part of the gradient of the mean loss over `count` pairs; yields (losses, ratios) [real rows], detached, by micro-batch.
+def _accumulate(learner: Learner, advantages: Advantages, pairs: list[tuple[int, int]], own: list[tuple[int, int]], here: dict[int, int],
+                calls_of_all: int, clip_range: float, calls: CallCount) -> Iterator[tuple[Tensor, Tensor]]:
+    """Adds this process's `own` part of the gradient of the mean loss over `pairs`; yields (losses, ratios) [real rows], detached, by micro-batch.
 
-    here: the row of the rollout's states by sample.
+    here: the row of the rollout's states by sample. calls_of_all: micro-batches that every process makes, where it needs fewer with rows that count nothing.
     """
     rollout, device = advantages.scores.rollout, advantages.scores.rollout.plan.grid.levels.device
-    if not pairs:
-        return
-    every_sample, every_step = (torch.tensor(column, device=device) for column in zip(*pairs))
-    every_row = torch.tensor([here[n] for n, _ in pairs], device=device)
-    for part, real in micro_batches(len(pairs), rollout.micro_batch):
+    if not here:  # more processes than samples: zeros stand in
+        states, log_probs = (tensor.new_zeros(1, *tensor.shape[1:]) for tensor in (rollout.states, rollout.log_probs))
+        rollout = replace(rollout, states=states, log_probs=log_probs)
+    rows_of = own or [(min(here, default=0), pairs[0][1])]
+    every_sample, every_step = (torch.tensor(column, device=device) for column in zip(*rows_of))
+    every_row = torch.tensor([here.get(n, 0) for n, _ in rows_of], device=device)
+    for part, real in micro_batches(len(own), rollout.micro_batch, calls_of_all):
         part = part.to(device)
         samples, steps, rows = every_sample[part], every_step[part], every_row[part]
         gaussian = step(learner.policy, _states(rollout, rows, steps, device), steps,
@@ -189,7 +193,7 @@ def _accumulate(learner: Learner, advantages: Advantages, pairs: list[tuple[int,
             log_prob(_states(rollout, rows, steps + 1, device), gaussian), rollout.log_probs[rows, steps],
             advantages.values.to(device)[samples], clip_range,
         )
-        (loss[:real].sum() / count).backward()
+        (loss[:real].sum() / len(pairs)).backward()
         yield loss[:real].detach(), ratio[:real].detach()
 
 

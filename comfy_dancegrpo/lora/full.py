@@ -14,8 +14,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .. import processes
+from .. import processes, sharding
 from ..atomic import replacing
+from ..errors import RunError
 from ..policies import quantization
 from ..policies.base import Policy
 from . import ALL_WEIGHTS
@@ -62,7 +63,10 @@ class FullSnapshot:
     kind = "weights"
 
     def digest(self) -> str:
-        """sha256 over the weights."""
+        """sha256 over the weights; of sharded ones the first process's count, and all must call it."""
+        return processes.on_first(self._digest) if processes.sharded() else self._digest()
+
+    def _digest(self) -> str:
         found = hashlib.sha256(repr(sorted(self.tensors)).encode())
         for name in sorted(self.tensors):
             found.update(self.tensors[name].reshape(-1).view(torch.uint8).numpy())
@@ -110,12 +114,17 @@ class FullWeights:
         self.policy, self.settings = policy, settings
         self._live = weights(policy)
         with processes.outside_inference_mode():
-            self._base = {name: p.detach().to("cpu", copy=True) for name, p in self._live.items()}
+            self._base = _copies(self._live)
             self.parameters = {name: p if p.dtype == torch.float32 else torch.nn.Parameter(p.detach().float()) for name, p in self._live.items()}
         self._fixed = {name: value.detach().to("cpu", copy=True) for name, value in _state(policy).items() if name not in self._live}
         self._masters = {name: p for name, p in self.parameters.items() if p is not self._live[name]}
         self._train(True)
         self._hooks = [self._live[name].register_post_accumulate_grad_hook(_gradient_to(master)) for name, master in self._masters.items()]
+        try:
+            sharding.trains(policy.denoisers.values())
+        except RunError:
+            self._train(False)
+            raise
         policy.full = self
 
     def _train(self, on: bool) -> None:
@@ -140,7 +149,7 @@ class FullWeights:
             return self.load(snapshot.tensors)
         with torch.no_grad():
             for name, change in _changes(self.policy, snapshot).items():
-                self.parameters[name].add_(change)
+                self.parameters[name].add_(sharding.like(change, self.parameters[name]))
         self._train(True)  # peft has frozen all
         self.written()
 
@@ -148,20 +157,22 @@ class FullWeights:
     def aside(self) -> Iterator[None]:
         """The base's weights, while the block runs."""
         try:
-            with swapped(self.policy, self._base):
+            with _restoring(self._live):
+                with processes.outside_inference_mode():
+                    _back(self._base, self._live)
                 yield
         finally:
             self._train(True)  # a LoRA that was attached meanwhile has frozen them
 
     def snapshot(self, tensors: dict[str, Tensor], iterations: int, averaged: bool, folder: Path | None, prompts: tuple[str, ...]) -> FullSnapshot:
-        """Of these values of `parameters`."""
+        """Of these values of `parameters`; of sharded ones the first process's alone have any."""
         own = {name: value.to(self._base[name].dtype) for name, value in tensors.items()}
         return FullSnapshot(own | self._fixed, self.settings, self.policy.name, _components(self.policy), iterations, averaged, folder, prompts)
 
     def remove(self) -> None:
         """The denoisers are then as they were before."""
         with processes.outside_inference_mode():
-            _copy(self._base, self._live)
+            _back(self._base, self._live)
         for hook in self._hooks:
             hook.remove()
         self._train(False)
@@ -198,14 +209,43 @@ def _state(policy: Policy) -> dict[str, Tensor]:
             if ".lora_" not in name}
 
 
+def _copies(live: dict[str, Tensor]) -> dict[str, Tensor]:
+    """On the CPU; of what is sharded this process's part."""
+    return {name: sharding.own(p).to("cpu", copy=True) for name, p in live.items()}
+
+
+def _back(copies: dict[str, Tensor], live: dict[str, Tensor]) -> None:
+    for name, p in live.items():
+        sharding.own(p).copy_(copies[name])
+
+
 def _copy(source: dict[str, Tensor], target: dict[str, Tensor]) -> None:
+    if any(map(sharding.is_part, target.values())):  # the first process's weights count, and the others may have none
+        processes.on_first(lambda: _check(source, target))
+    else:
+        _check(source, target)
+    for name, value in target.items():
+        sharding.put(value, source.get(name))
+
+
+def _check(source: dict[str, Tensor], target: dict[str, Tensor]) -> None:
     if odd := sorted(source.keys() ^ target.keys()):
         raise ValueError(f"the weights do not fit this policy: {len(odd)} names differ, such as {odd[0]!r}")
     for name, value in source.items():
         if value.shape != target[name].shape:
             raise ValueError(f"the weights do not fit this policy: {name} is {list(value.shape)} in the one and {list(target[name].shape)} in the other")
-    for name, value in source.items():
-        target[name].copy_(value)
+
+
+@contextlib.contextmanager
+def _restoring(live: dict[str, Tensor]) -> Iterator[None]:
+    """The parameters are afterwards what they were before."""
+    with processes.outside_inference_mode():
+        kept = _copies(live)
+    try:
+        yield
+    finally:
+        with processes.outside_inference_mode():
+            _back(kept, live)
 
 
 @contextlib.contextmanager
@@ -213,14 +253,10 @@ def swapped(policy: Policy, tensors: dict[str, Tensor]) -> Iterator[None]:
     """The denoisers with these weights while the block runs; what else the tensors hold is passed over. Raises `ValueError` where they do not fit."""
     live = weights(policy)
     fixed = _state(policy).keys() - live.keys()
-    with processes.outside_inference_mode():
-        kept = {name: p.detach().to("cpu", copy=True) for name, p in live.items()}
-        _copy({name: value for name, value in tensors.items() if name not in fixed}, live)
-    try:
-        yield
-    finally:
+    with _restoring(live):
         with processes.outside_inference_mode():
-            _copy(kept, live)
+            _copy({name: value for name, value in tensors.items() if name not in fixed}, live)
+        yield
 
 
 def _changes(policy: Policy, snapshot: LoraSnapshot) -> dict[str, Tensor]:

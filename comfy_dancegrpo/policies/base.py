@@ -15,7 +15,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from PIL.Image import Image
 from torch import Tensor
 
-from .. import embedded, processes
+from .. import embedded, processes, sharding
 from ..errors import RunError
 from ..grpo.protocol import NEGATIVE, Conditioning, SamplingPlan, Size, TimeGrid
 from ..workflow.host import host
@@ -64,6 +64,7 @@ class Policy(abc.ABC):
             pipeline = from_folder(cls.pipeline_class, folder, torch_dtype, variant=places.variant(folder, options), **options)
             pipeline.set_progress_bar_config(disable=True)
             policy = cls(name, pipeline, torch_dtype)
+            sharding.shard(policy)  # before a whole denoiser is on a device
         host().load(policy)
         return policy
 

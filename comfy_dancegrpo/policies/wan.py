@@ -12,6 +12,7 @@ import torch
 from diffusers import WanImageToVideoPipeline, WanPipeline
 from torch import Tensor
 
+from .. import processes
 from ..errors import RunError
 from ..grpo.protocol import SamplingPlan, Size
 from .base import Policy, multiple_of, pictures, reference
@@ -111,7 +112,8 @@ class Wan(Policy):
         if self.boundary is None:
             return self._velocity(self.denoiser, latents, timesteps, tensors, plan)
         high = timesteps >= self.boundary
-        if high.all() or not high.any():
+        apart = processes.sharded() and torch.is_grad_enabled()  # other processes' rows may differ, and all must call the same
+        if not apart and (high.all() or not high.any()):
             return self._velocity(self.pipeline.transformer if high.all() else self.pipeline.transformer_2, latents, timesteps, tensors, plan)
         both = [self._velocity(expert, latents, timesteps, tensors, plan) for expert in (self.pipeline.transformer, self.pipeline.transformer_2)]
         return torch.where(high.view(-1, 1, 1, 1, 1), *both)

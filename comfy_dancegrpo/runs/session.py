@@ -158,10 +158,11 @@ class Session:
 
     def _load(self, learner: Learner) -> None:
         """All processes take up the run where the first one's disk says that it is."""
-        found, self.watch.rows, self.first_reward = processes.on_first(self._read)
-        if found is not None:
-            self._done, tensors = found
-            learner.load_state(tensors)
+        read = processes.on_first(self._read, told=False)
+        done, self.watch.rows, self.first_reward = processes.broadcast(read and (read[0] and read[0][0], *read[1:]))
+        if done is not None:
+            self._done = done
+            learner.load_state(read[0][1] if read else {})
             self._saved = self.watch.saved = self._done
 
     def _read(self) -> tuple[tuple[int, dict] | None, list[dict], float | None]:
@@ -298,9 +299,11 @@ class Session:
         """
         state, iteration, learner = self.live.state, self._done, self.live.learner
         if self.watch.verdict:
-            if (best := self.watch.best_state() if alone else processes.on_first(self.watch.best_state)) is not None:
-                iteration, state = best
-            host().say(f"Watch: {self.watch.verdict}; {self.watch.given(None if best is None else iteration)}")
+            best = self.watch.best_state() if alone else processes.on_first(self.watch.best_state, told=not processes.sharded())
+            at = best and best[0] if alone else processes.broadcast(best and best[0])
+            if at is not None:
+                iteration, state = at, best[1] if best else {}
+            host().say(f"Watch: {self.watch.verdict}; {self.watch.given(at)}")
         return self.trained.snapshot(learner.result(state), iteration, learner.ema is not None, self.folder.path, self.prompts.prompts)
 
     def record(self) -> RunRecord:

@@ -50,3 +50,11 @@ def in_processes(count: int, function: Callable, folder: Path, *arguments: Any) 
             process.kill()
     assert all(process.returncode == 0 for process in started), "\n".join(said)
     return [pickle.loads(Path(f"{out}-{rank}").read_bytes()) for rank in range(count)]
+
+
+def distance(a: dict[str, Any], b: dict[str, Any]) -> float:
+    """Of all their numbers, relative to those of `b`."""
+    assert a.keys() == b.keys()
+    squares = [((a[name].double() - b[name].double()).square().sum(), b[name].double().square().sum()) for name in b]
+    off, size = map(sum, zip(*squares))
+    return (off / size).sqrt().item()
