@@ -10,6 +10,7 @@ import datetime
 import functools
 import os
 import pickle
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -147,8 +148,8 @@ def _talking() -> Iterator[None]:
         with pulse.waiting():
             yield
     except RuntimeError as error:  # of torch.distributed, whose errors have this class in common
-        said = str(error).strip().splitlines()
-        raise Lost(f"another process has ended ({said[0] if said else type(error).__name__})") from error
+        said = re.sub(r"^\[.*?\] *", "", str(error)).partition("\n")[0].partition(". ")[0]  # without the source's place, and advice
+        raise Lost(f"another process has ended ({said or type(error).__name__})") from error
 
 
 def broadcast(value: T) -> T:

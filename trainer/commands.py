@@ -60,7 +60,8 @@ def run(workflow: Workflow, output: Output = Path("output"), models: Models = No
     from .session import Options, prepare, resume_command
 
     launch.end_with_the_launcher()
-    options = Options(output, input, models, extra_model_paths, comfyui, run, iterations, seed, set_ or [], allow_host or [], track or [], resume)
+    options = Options(output, input, models, extra_model_paths, comfyui, run, iterations, seed, set_ or [], allow_host or [], track or [], resume,
+                      processes, config)
     host = None
 
     def how() -> str:
@@ -79,26 +80,15 @@ def run(workflow: Workflow, output: Output = Path("output"), models: Models = No
         launch.check_started(count)
         host = prepare(workflow, options)
         if config is not None and launch.started() is None:
-            raise typer.Exit(launch.accelerate(config, count, _said()))
+            raise typer.Exit(launch.accelerate(config, sys.argv[1:]))
         if (count := launch.wanted(count)) > 1:
-            raise typer.Exit(launch.launch(count, _said(), hang_timeout, how_to_resume))
+            raise typer.Exit(launch.launch(count, sys.argv[1:], hang_timeout, how_to_resume))
         with use(host), host.running():
             execute(host.prompt, host.registry, extra_pnginfo=host.extra_pnginfo)
             together.end()
         if host.shows:
             for written in ([host.run_folder] if host.run_folder else []) + list(host.files):
                 print(written)
-
-
-def _said() -> list[str]:
-    """The words of this command, but for those that say how many processes there are to be."""
-    words, kept = iter(sys.argv[1:]), []
-    for word in words:
-        if word in ("--processes", "--config"):
-            next(words, None)
-        elif not word.startswith(("--processes=", "--config=")):
-            kept.append(word)
-    return kept
 
 
 @app.command()
@@ -330,8 +320,8 @@ def _reported(debug: bool, resume: Callable[[], str] = lambda: "") -> Iterator[N
             raise
         if debug:
             traceback.print_exc()
-        rank = processes.rank()
-        for line in [] if rank and _told_by_first(error) else _lines(error, str if _status(error) == processes.AGAIN else resume):  # the launcher starts them again
+        rank = processes.rank()  # how to go on is said by the first alone, or by the launcher where it starts them again
+        for line in [] if rank and _told_by_first(error) else _lines(error, str if rank or _status(error) == processes.AGAIN else resume):
             print(f"dancegrpo: {f'process {rank}: ' if rank else ''}{line}", file=sys.stderr)
         raise typer.Exit(_status(error)) from None
 

@@ -135,7 +135,7 @@ def _listed(ranks: list[int]) -> str:
 
 def _watch(children: list[subprocess.Popen], told: list[int], pulses: Pulses) -> int:
     failed, since, handled, warned = None, 0.0, 0, False
-    while any(child.poll() is None for child in children):
+    while None in [child.poll() for child in children]:  # all are asked: what `any` leaves out would not be known to have failed
         for signum in told[handled:]:
             handled += 1
             _end(children, signum if handled < 3 else _KILL)
@@ -210,13 +210,13 @@ def _gone(parent: int) -> bool:
     return not psutil.pid_exists(parent)
 
 
-def accelerate(config: Path, count: int, words: Sequence[str]) -> int:
+def accelerate(config: Path, words: Sequence[str]) -> int:
     """Runs `dancegrpo` with these words as accelerate's configuration file says, and returns the exit status.
 
     Where the system can, this process becomes accelerate's launcher, and nothing comes back.
     """
     words = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--config_file", str(config), "-m", "comfy_dancegrpo.trainer",
-             *words, "--processes", str(count)]
+             *words]
     if os.name == "nt":
         return subprocess.run(words).returncode
     sys.stdout.flush()

@@ -38,6 +38,8 @@ class Options:
     allow_host: list[str] = field(default_factory=list)
     track: list[str] = field(default_factory=list)
     resume: bool = False
+    processes: int | None = None
+    config: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -144,7 +146,7 @@ def loop_starts(prompt: dict[str, Any], registry: dict[str, type]) -> list[str]:
 def resume_command(host: ConsoleHost, workflow: Path, options: Options) -> str:
     """The command that goes on with the host's run: the options as given, the run's name, and --resume where Loop Start is not told that."""
     words = ["dancegrpo", "run", str(workflow), "--output", str(options.output), "--run", host.run_folder.name]
-    for option in ("input", "models", "extra_model_paths", "comfyui", "iterations", "seed"):
+    for option in ("input", "models", "extra_model_paths", "comfyui", "iterations", "seed", "processes", "config"):
         value = getattr(options, option)
         if value is not None:
             words += ["--" + option.replace("_", "-"), str(value)]
