@@ -250,6 +250,10 @@ def test_diffusers_loads_the_weights_of_every_family(case, tmp_path):
             shake(trained)
             ours = sample_of(policy, case)
             snapshot = trained.snapshot(values(trained), 1, False, tmp_path, ())
+            trained_state = {
+                name: {key: value.clone() for key, value in module.state_dict().items()}
+                for (name, _), module in zip(snapshot.components.values(), policy.denoisers.values())
+            }
         finally:
             trained.remove()
         assert torch.equal(sample_of(policy, case), base) and (ours - base).abs().max() > 1e-4
@@ -259,8 +263,9 @@ def test_diffusers_loads_the_weights_of_every_family(case, tmp_path):
             loaded, told = type(module).from_pretrained(tmp_path / "tuned" / name, output_loading_info=True)
             assert not any(told.values()), told
             assert str(tmp_path) not in config and dict(loaded.config, _name_or_path="") == dict(module.config, _name_or_path="")
+            assert same(loaded.state_dict(), trained_state.pop(name))
             module.load_state_dict(loaded.state_dict())
-        assert torch.equal(sample_of(policy, case), ours)
+        assert (sample_of(policy, case) - ours).abs().max() < 1e-5  # kernels may round by where a tensor lies in memory; the weights are equal bit for bit
 
 
 def test_the_command_trains_them_and_load_policy_takes_the_file(cli, prompt, saved, tiny_loop, tmp_path):

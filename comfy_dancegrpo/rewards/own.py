@@ -6,22 +6,23 @@ A workflow chooses among them by name alone. Names are known from entry points a
 from __future__ import annotations
 
 import functools
-import importlib.metadata
 import importlib.util
 import os
 import re
 import sys
-import traceback
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .. import settings
 from ..errors import RunError
 from ..workflow.host import host
 from .base import Kind
 from .places import FOLDER
+
+if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
 
 GROUP = "comfy_dancegrpo.rewards"  # of entry points
 CUSTOM = "custom"  # in reward_models: where such files are expected, once the settings name that folder
@@ -32,7 +33,7 @@ _NAME = re.compile(r"[A-Za-z]\w*(?:[.-]\w+)*", re.ASCII)
 class OwnKind(Kind):
     """A reward of the user's: `code` has `load(source)`, as the modules of this package have. It takes any model, or none."""
 
-    code: Path | importlib.metadata.EntryPoint | None = None
+    code: Path | EntryPoint | None = None
 
     takes_any = True
 
@@ -53,6 +54,8 @@ class OwnKind(Kind):
         except RunError:
             raise
         except Exception as error:
+            import traceback
+
             where = next((f", line {frame.lineno}" for frame in reversed(traceback.extract_tb(error.__traceback__)) if frame.filename == str(self.code)), "")
             raise RunError(f"{self}{where}: {_in_words(error)}") from error
         if not callable(getattr(made, "load", None)):
@@ -124,7 +127,9 @@ def _files(lines: dict[str, str]) -> Iterator[tuple[str, OwnKind]]:
 
 
 @functools.cache  # every installed package is looked through
-def _entry_points() -> tuple[importlib.metadata.EntryPoint, ...]:
+def _entry_points() -> tuple[EntryPoint, ...]:
+    import importlib.metadata  # with the parser of mail that it needs, a third of what the pack's import took
+
     return tuple(importlib.metadata.entry_points(group=GROUP))
 
 
