@@ -64,7 +64,7 @@ CHOICES = {
     "DanceGRPOLoopStart.on_existing": {"new", "resume", "restart"},
     "DanceGRPOLoopStart.schedule": {"constant", "inverse_sqrt"},
     "DanceGRPOWatch.below": {"best", "start"},
-    "DanceGRPOGroupSample.transition": {"dance_sde", "ddim"},
+    "DanceGRPOGroupSample.transition": {"dance_sde", "flow_grpo_sde", "cps", "ddim"},
     "DanceGRPOGroupSample.initial_noise": {"shared", "independent"},
     "DanceGRPOLoadReward.reward": {"aesthetic", "clip_score", "hps_v2", "pickscore", "hps_v3", "image_reward", "jpeg_size", "ocr", "shapes_agreement",
                                   *(f"video_align_{part}{raw}" for part in ("visual", "motion", "text", "overall") for raw in ("", "_raw"))},

@@ -1,7 +1,8 @@
 """Transitions of the denoising process: each is one Gaussian, x_next ~ N(mean, std^2).
 
 A transition is a function `(x, output, level, level_next, eta) -> Gaussian` in a file of its own, and a line here. x and output
-are [B, ...]; level and level_next are broadcastable to it ([B, 1, ...]). Importing this package imports no torch.
+are [B, ...]; level and level_next are broadcastable to it ([B, 1, ...]), and so is eta where it is no number: rows of eta 0 have std 0, and
+their mean is that without noise. Importing this package imports no torch.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ TRANSITIONS: dict[str, Transition] = {
     t.name: t
     for t in (
         Transition("dance_sde", process="flow", scored="x0"),
+        Transition("flow_grpo_sde", process="flow", scored="x0"),
+        Transition("cps", process="flow", scored="x0"),
         Transition("ode", process="flow", scored="x0", stochastic=False),
         Transition("ddim", process="diffusion", scored="mean"),
     )

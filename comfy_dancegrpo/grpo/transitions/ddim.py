@@ -5,7 +5,7 @@ from torch import Tensor
 from ..gaussian import Gaussian
 
 
-def ddim(x: Tensor, epsilon: Tensor, alpha_bar: Tensor, alpha_bar_next: Tensor, eta: float) -> Gaussian:
+def ddim(x: Tensor, epsilon: Tensor, alpha_bar: Tensor, alpha_bar_next: Tensor, eta: float | Tensor) -> Gaussian:
     """The generalised step of DDIM (arXiv 2010.02502, eq. 12 and 16); eta 1 is DDPM's ancestral step.
 
     alpha_bar: cumulative product at the present timestep; alpha_bar_next: at the next, less noisy one ("prev" in the paper).
