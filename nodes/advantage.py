@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from comfy_dancegrpo.errors import RunError
-from comfy_dancegrpo.grpo.groups import COMBINATIONS, NORMALISE_FIRST
+from comfy_dancegrpo.grpo.groups import COMBINATIONS, ESTIMATORS, GROUP, NORMALISE_FIRST
 
 from . import wires
 
@@ -25,6 +25,8 @@ class Advantage:
             "combine": wires.choice(list(COMBINATIONS), "Of several rewards. Normalised each in its group first, weights compare importance; summed first, units count."),
             "best_of": wires.integer(0, 0, 4096, "Trains only so many of each group, the best and the worst halves of them; all are compared with. "
                                                  "An even number; 0 trains all.", 2),
+            "estimator": wires.choice(list(ESTIMATORS), "What a score is compared with. group: the rest of its group. The others change that, or what the "
+                                      "difference is divided by; in groups without spread all train nothing."),
         }}
 
     @classmethod
@@ -33,10 +35,10 @@ class Advantage:
             return f'input "best_of": found {best_of}, accepted: 0 (all), or an even number up to the size of a group'
         return True
 
-    def compute(self, scores, clamp: float, combine: str = NORMALISE_FIRST, best_of: int = 0):
+    def compute(self, scores, clamp: float, combine: str = NORMALISE_FIRST, best_of: int = 0, estimator: str = GROUP):
         from comfy_dancegrpo.grpo import advantages
 
         try:
-            return (advantages.combine(scores, clamp, combine, best_of),)
+            return (advantages.combine(scores, clamp, combine, best_of, estimator),)
         except ValueError as error:
             raise RunError(str(error)) from error

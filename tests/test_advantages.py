@@ -1,4 +1,4 @@
-"""Group-relative advantages against numpy in float64."""
+"""Advantages against numpy in float64."""
 
 from types import SimpleNamespace
 
@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from comfy_dancegrpo.grpo.advantages import best_and_worst, combine, group_advantages
-from comfy_dancegrpo.grpo.groups import NORMALISE_FIRST, SUM_FIRST
+from comfy_dancegrpo.grpo import estimators
+from comfy_dancegrpo.grpo.advantages import best_and_worst, combine, of_one_reward
+from comfy_dancegrpo.grpo.groups import BATCH, BATCH_STD, ESTIMATORS, LEAVE_ONE_OUT, NORMALISE_FIRST, PER_PROMPT, RANK, SUM_FIRST
 from comfy_dancegrpo.grpo.protocol import Column, Scores
 
 
@@ -19,24 +20,23 @@ def normalised(values):
 def scores(groups, *columns):
     """Scores of a rollout of which nothing but its groups is looked at; columns are (weight, values)."""
     places = torch.tensor([groups[:row].count(group) for row, group in enumerate(groups)])
-    rollout = SimpleNamespace(groups=torch.tensor(groups), indices=places)
+    rollout = SimpleNamespace(groups=torch.tensor(groups), indices=places, prompts=tuple(f"p{group}" for group in groups), history={})
     return Scores(rollout, tuple(Column(f"r{k}", weight, torch.tensor(values)) for k, (weight, values) in enumerate(columns)))
 
 
 def test_each_group_by_itself_in_any_order():
     groups, values = torch.tensor([1, 0, 1, 0, 0]), torch.tensor([3.0, 10.0, 5.0, 11.0, 15.0])
-    advantages, flat, std = group_advantages(values, groups)
+    advantages, flat, _ = of_one_reward(values, groups)
     expected = np.empty(5)
     expected[[1, 3, 4]], expected[[0, 2]] = normalised([10, 11, 15]), normalised([3, 5])
     np.testing.assert_allclose(advantages, expected, atol=1e-6)
-    np.testing.assert_allclose(std, [np.std([10, 11, 15], ddof=1), np.std([3, 5], ddof=1)], rtol=1e-6)
     assert not flat.any()
 
 
 @pytest.mark.parametrize("offset, spread", [(0.0, 1.0), (1000.0, 0.5), (-30000.0, 1.0)])
 def test_large_values_lose_nothing(offset, spread):
     values = torch.tensor(offset + spread * np.random.default_rng(0).standard_normal(8), dtype=torch.float32)
-    advantages, flat, _ = group_advantages(values, torch.zeros(8, dtype=torch.int64))
+    advantages, flat, _ = of_one_reward(values, torch.zeros(8, dtype=torch.int64))
     assert not flat.any()
     np.testing.assert_allclose(advantages, normalised(values.numpy()), rtol=2e-6, atol=2e-7)
 
@@ -46,7 +46,7 @@ def test_large_values_lose_nothing(offset, spread):
     ([0.3, 0.3, 0.30001], False), ([1e6, 1e6, 1e6 + 10], False),
 ])
 def test_a_group_without_spread_is_flat(values, is_flat):
-    advantages, flat, _ = group_advantages(torch.tensor(values), torch.zeros(3, dtype=torch.int64))
+    advantages, flat, _ = of_one_reward(torch.tensor(values), torch.zeros(3, dtype=torch.int64))
     assert flat.tolist() == [is_flat] and bool((advantages == 0).all()) is is_flat
 
 
@@ -54,7 +54,7 @@ def test_the_limit_of_flatness():
     """std <= 1e-6 (1 + |mean|): two values m -+ h have std sqrt(2) h."""
     for factor, is_flat in ((0.98, True), (1.02, False)):
         h = factor * 1e-6 * (1 + 2.0) / np.sqrt(2)
-        _, flat, _ = group_advantages(torch.tensor([2 - h, 2 + h], dtype=torch.float64), torch.zeros(2, dtype=torch.int64))
+        _, flat, _ = of_one_reward(torch.tensor([2 - h, 2 + h], dtype=torch.float64), torch.zeros(2, dtype=torch.int64))
         assert flat.tolist() == [is_flat]
 
 
@@ -180,6 +180,127 @@ def test_of_a_flat_group_none_is_trained():
 def test_what_does_not_fit_a_group_is_refused(count):
     with pytest.raises(ValueError, match=f'"best_of": found {count}, accepted: 0 .all., or an even number up to the 4 of a group'):
         combine(scores([0] * 5 + [1] * 4, (1.0, [float(n) for n in range(9)])), best_of=count)
+
+
+# -- what a score is compared with ----------------------------------------------------------------------------------------------
+GROUPS = [0, 0, 0, 1, 1, 1, 1]
+VALUES = [1.0, 2.0, 6.0, 10.0, 10.5, 12.0, 11.5]
+
+
+def expected(estimator):
+    """By the papers' equations, a group at a time, in Python's own sums."""
+    def mean(values):
+        return sum(values) / len(values)
+
+    def std(values):
+        return (sum((v - mean(values)) ** 2 for v in values) / (len(values) - 1)) ** 0.5
+
+    found = []
+    for g, value in zip(GROUPS, VALUES):
+        own = [v for v, other in zip(VALUES, GROUPS) if other == g]
+        ranks = [sum(v > other for other in own) for v in own]  # none tie
+        others = list(own)
+        others.remove(value)
+        found.append({
+            "group": lambda: (value - mean(own)) / std(own),
+            BATCH_STD: lambda: (value - mean(own)) / std(VALUES),
+            BATCH: lambda: (value - mean(VALUES)) / std(VALUES),
+            RANK: lambda: (ranks[own.index(value)] - mean(ranks)) / std(ranks),
+            LEAVE_ONE_OUT: lambda: value - mean(others),
+            PER_PROMPT: lambda: (value - mean(VALUES)) / std(VALUES),  # with nothing remembered: those of the iteration
+        }[estimator]())
+    return found
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_each_estimator_in_any_order_of_the_rows(estimator):
+    order = np.random.default_rng(1).permutation(len(VALUES))
+    groups, values = [GROUPS[row] for row in order], [VALUES[row] for row in order]
+    found = combine(scores(groups, (1.0, values)), estimator=estimator)
+    np.testing.assert_allclose(found.values, np.array(expected(estimator))[order], rtol=2e-6, atol=1e-7)
+    assert not found.flat.any() and (found.history is not None) == (estimator == PER_PROMPT)
+
+
+def test_the_estimators_are_not_each_other():
+    columns = [tuple(np.round(expected(estimator), 6)) for estimator in ESTIMATORS]
+    assert len(set(columns)) == len(columns) - 1  # of a prompt's first iteration nothing is known but that
+
+
+def test_ties_share_a_rank():
+    """By hand: 1, 1, 5 have the ranks 1.5, 1.5 and 3, whose mean is 2 and whose std is 0.866."""
+    found = combine(scores([0, 0, 0], (1.0, [1.0, 1.0, 5.0])), estimator=RANK).values
+    np.testing.assert_allclose(found, np.array([-0.5, -0.5, 1.0]) / 0.75**0.5, rtol=1e-6)
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_flat_groups_train_nothing_whatever_they_are_compared_with(estimator):
+    """Each of a group scores 0.9, where the rest of the batch is far below: there is still nothing that could be learned by comparing them."""
+    found = combine(scores([0, 0, 1, 1, 1], (1.0, [0.9, 0.9, 0.1, 0.2, 0.4])), estimator=estimator)
+    assert found.flat.tolist() == [True, False] and found.trained.tolist() == [False, False, True, True, True]
+    assert found.values[:2].tolist() == [0.0, 0.0] and bool((found.values[2:] != 0).any())
+
+
+@pytest.mark.parametrize("combination", [NORMALISE_FIRST, SUM_FIRST])
+@pytest.mark.parametrize("estimator", [BATCH_STD, BATCH, RANK, LEAVE_ONE_OUT, PER_PROMPT])
+def test_several_rewards_are_combined_alike_by_any_estimator(estimator, combination):
+    first, second = [0.1, 0.4, 0.2, 0.9, 0.8, 0.3], [30.0, 10.0, 20.0, 50.0, 10.0, 40.0]
+    groups = [0, 0, 0, 1, 1, 1]
+    found = combine(scores(groups, (2.0, first), (-0.5, second)), estimator=estimator, combination=combination, clamp=1000.0)
+
+    def alone(values):
+        return combine(scores(groups, (1.0, values)), estimator=estimator, clamp=1000.0).values.double()
+    together = alone([2.0 * a - 0.5 * b for a, b in zip(first, second)]) if combination == SUM_FIRST else 2.0 * alone(first) - 0.5 * alone(second)
+    np.testing.assert_allclose(found.values, together, rtol=1e-5, atol=1e-5)
+
+
+# -- statistics of each prompt, over the iterations -------------------------------------------------------------------------------
+def visited(iterations, estimator=PER_PROMPT):
+    """The advantages of each iteration of [(prompts, values)], the history handed on as the learner does."""
+    history, found = {}, []
+    for prompts, values in iterations:
+        of_iteration = scores([0] * len(values) if len(set(prompts)) == 1 else [sorted(set(prompts)).index(p) for p in prompts], (1.0, values))
+        of_iteration.rollout.prompts, of_iteration.rollout.history = tuple(prompts), history
+        found.append(combine(of_iteration, estimator=estimator, clamp=1000.0))
+        history = found[-1].history
+    return found, history
+
+
+def test_a_prompts_own_statistics_count_from_sixteen_scores_on():
+    source = np.random.default_rng(5)
+    easy, hard = 10 + source.standard_normal((5, 6)), 2 + 0.1 * source.standard_normal((5, 6))
+    iterations = [(["easy"] * 6 + ["hard"] * 6, np.concatenate([a, b]).astype(np.float32).tolist()) for a, b in zip(easy, hard)]
+    found, history = visited(iterations)
+    for k in range(5):
+        batch = np.float64(iterations[k][1])
+        seen = {name: np.float64([v for prompts, values in iterations[:k + 1] for p, v in zip(prompts, values) if p == name]) for name in ("easy", "hard")}
+        for name, rows in (("easy", slice(0, 6)), ("hard", slice(6, 12))):
+            known = batch if len(seen[name]) < 16 else seen[name][-32:]
+            np.testing.assert_allclose(found[k].values[rows], (batch[rows] - known.mean()) / known.std(ddof=1), rtol=1e-5, atol=1e-6)
+    assert abs(found[0].values[:6].mean()) > 0.9 and abs(found[4].values[:6].mean()) < 0.6  # an easy prompt is not better than a hard one
+    assert {name: len(of_prompt) for name, of_prompt in history["r0"].items()} == {"easy": 30, "hard": 30}
+
+
+def test_the_last_scores_of_a_prompt_are_remembered_and_no_more():
+    iterations = [(["a"] * 20, [float(k * 20 + i) for i in range(20)]) for k in range(3)]
+    _, history = visited(iterations)
+    assert history == {"r0": {"a": [float(v) for v in range(28, 60)]}}
+
+
+def test_what_is_remembered_is_left_as_it_was_and_is_kept_by_reward():
+    history = {"r0": {"a": [1.0] * 16}}
+    before = scores([0, 0], (1.0, [3.0, 5.0]), (1.0, [7.0, 8.0]))
+    before.rollout.prompts, before.rollout.history = ("a", "a"), history
+    found = combine(before, estimator=PER_PROMPT)
+    assert history == {"r0": {"a": [1.0] * 16}}
+    assert found.history == {"r0": {"a": [1.0] * 16 + [3.0, 5.0]}, "r1": {"a": [7.0, 8.0]}}
+    assert combine(before).history is None  # another estimator neither needs nor keeps any
+
+
+def test_prompts_with_unlike_pictures_are_unlike():
+    from comfy_dancegrpo.prompts import pictured
+
+    one, other = pictured(["edit it", "edit it"], torch.stack([torch.zeros(2, 2, 3), torch.ones(2, 2, 3)]))
+    assert len({estimators.key(one), estimators.key(other), estimators.key("edit it")}) == 3
 
 
 # -- what is refused ------------------------------------------------------------------------------------------------------------

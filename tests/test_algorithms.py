@@ -3,7 +3,9 @@
 import pytest
 import torch
 from comfy_dancegrpo import policies
+from comfy_dancegrpo.grpo import estimators
 from comfy_dancegrpo.grpo.advantages import combine
+from comfy_dancegrpo.grpo.groups import PER_PROMPT
 from comfy_dancegrpo.grpo.learner import Learner, OptimizerSettings
 from comfy_dancegrpo.grpo.noise import generator
 from comfy_dancegrpo.grpo.protocol import Column, SamplingPlan, Scores, Size
@@ -12,6 +14,7 @@ from comfy_dancegrpo.grpo.transitions import TRANSITIONS
 from comfy_dancegrpo.grpo.update import UpdateSettings, update
 from comfy_dancegrpo.lora.adapter import Adapter, LoraSettings
 from comfy_dancegrpo.runs.prompt_cache import encode
+from safetensors.torch import load_file
 
 PROMPTS = ("a large red circle in the center on a white background", "a small blue star at the top left")
 SIZE, STEPS = Size(64, 64), 4
@@ -45,3 +48,27 @@ def test_replay_gives_the_ratio_one_exactly(trained, one_thread):
     scores = Scores(rollout, (Column("toy", 1.0, torch.arange(float(rollout.size))),))
     stats = update(learner, combine(scores), UpdateSettings(train_fraction=1.0))
     assert stats.ratio_deviation == 0.0 and stats.grad_norm > 0 and stats.transitions == rollout.size * (STEPS - 1)
+
+
+# -- what goes from one iteration to the next -------------------------------------------------------------------------------------
+def test_the_history_of_prompts_reaches_the_next_rollout_and_a_resumed_run(cli, loop_only, saved, tiny_loop, tmp_path, monkeypatch):
+    """Four iterations on two prompts, at once and in two runs: the same LoRA, and another than without what is remembered."""
+    monkeypatch.setattr(estimators, "FEWEST", 4)  # reached by the second visit of a prompt
+    loop_only["4"]["inputs"]["checkpoint_every"] = 1
+    prompts, advantage = (next(node for node in loop_only.values() if node["class_type"] == f"DanceGRPO{kind}") for kind in ("PromptSet", "Advantage"))
+    prompts["inputs"]["limit"], advantage["inputs"]["estimator"] = 2, PER_PROMPT
+    words = [saved(loop_only), "--output", tmp_path, *tiny_loop]
+
+    def lora(name, *more):
+        done = cli("run", *words, "--run", name, *more)
+        assert done.status == 0, done.err
+        return load_file(tmp_path / name / "checkpoints" / "0000004.safetensors")
+
+    straight = lora("straight", "--iterations", 4)
+    assert cli("run", *words, "--run", "resumed").status == 0  # two
+    resumed = lora("resumed", "--iterations", 4, "--set", "Loop Start.on_existing=resume")
+    assert straight.keys() == resumed.keys() and "history" in straight
+    assert [name for name in straight if not torch.equal(straight[name], resumed[name])] == []
+    monkeypatch.setattr(estimators, "FEWEST", 1000)
+    forgetful = lora("forgetful", "--iterations", 4)
+    assert any(not torch.equal(value, forgetful[name]) for name, value in straight.items() if name.startswith("parameters."))

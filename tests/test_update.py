@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from comfy_dancegrpo.grpo.advantages import combine
+from comfy_dancegrpo.grpo.groups import PER_PROMPT
 from comfy_dancegrpo.grpo.learner import Learner, OptimizerSettings
 from comfy_dancegrpo.grpo.protocol import Column, Conditioning, SamplingPlan, Scores, Size, TimeGrid
 from comfy_dancegrpo.grpo.rollout import Request, sample
@@ -453,3 +454,23 @@ def test_under_inference_mode_as_hosts_run_their_nodes():
     with torch.inference_mode():
         rollout = rollout_of(hosted, 1)
     update(hosted, advantages_of(rollout), ALL)  # sampled inside, trained outside
+
+
+def test_the_history_of_prompts_goes_with_the_checkpoints():
+    """Two updates, and the second after a checkpoint in between: what is remembered, and so what is learned, is the same."""
+    def iterate(learner, iteration):
+        rollout = dataclasses.replace(rollout_of(learner, iteration), history=learner.history)
+        values = torch.randn(rollout.size, generator=torch.Generator().manual_seed(iteration))
+        return update(learner, combine(Scores(rollout, (Column("toy", 1.0, values),)), estimator=PER_PROMPT), ALL)
+
+    straight, resumed = Recorder(Perceptron()), Recorder(Perceptron(seed=1))
+    for iteration in range(4):
+        iterate(straight, iteration)
+        if iteration == 2:
+            resumed.load_state(straight.state())
+    iterate(resumed, 3)
+    assert {name: len(scores) for name, scores in straight.history["toy"].items()} == dict.fromkeys("abc", 16)
+    assert resumed.history == straight.history and (resumed.after[-1] == straight.after[-1]).all()
+    plain = Recorder(Perceptron())
+    update(plain, advantages_of(rollout_of(plain)), ALL)
+    assert plain.history == {} and "history" not in plain.state()  # no other estimator carries anything about

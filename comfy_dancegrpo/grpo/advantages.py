@@ -1,22 +1,32 @@
-"""Scores to group-relative advantages."""
+"""Scores to advantages."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from .groups import NORMALISE_FIRST, SUM_FIRST, members
+from . import estimators
+from .groups import GROUP, NORMALISE_FIRST, PER_PROMPT, SUM_FIRST, members
 from .protocol import Advantages, Scores
 
 
-def group_advantages(values: Tensor, groups: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Normalises within groups (arXiv 2402.03300, section 4.1.2): (r - mean) / (std + 1e-8), unbiased std.
+def flat_groups(values: Tensor, groups: Tensor) -> Tensor:
+    """[P] bool: the groups of scores [N] without spread, std <= 1e-6 (1 + |mean|), in which there is nothing to compare. Raises `ValueError` as `members`."""
+    return torch.stack([values[rows].std() <= 1e-6 * (1 + values[rows].mean().abs()) for rows in members(groups)])
+
+
+def of_one_reward(values: Tensor, groups: Tensor, estimator: str = GROUP, prompts: Sequence[str] = (),
+                  history: estimators.History = {}) -> tuple[Tensor, Tensor, dict | None]:
+    """The advantages by one reward, whose flat groups have none, whatever they are compared with.
 
     Args:
-        values: [N] scores. groups: [N] int64 in 0..P-1, each group with at least two members.
+        values: [N] scores. groups: [N] int64 in 0..P-1, each group with at least two members. estimator: one of `groups.ESTIMATORS`.
+        prompts: N, and history: their scores in former iterations; for `PER_PROMPT`.
 
     Returns:
-        advantages [N], 0 in flat groups; flat [P] bool, where std <= 1e-6 (1 + |mean|); std [P] float64.
+        advantages [N] float64; flat [P] bool; for `PER_PROMPT` the history with these scores, else None.
 
     Raises:
         ValueError: a score is NaN or infinite (it would make its whole group so), or a group has one member.
@@ -24,15 +34,13 @@ def group_advantages(values: Tensor, groups: Tensor) -> tuple[Tensor, Tensor, Te
     if not bool(values.isfinite().all()):
         bad = int((~values.isfinite()).nonzero()[0])
         raise ValueError(f"the score of sample {bad} is {values[bad].item()}, accepted: finite numbers")
-    advantages, flat, stds = torch.zeros_like(values), [], []
-    for rows in members(groups):
-        member = values[rows].double()  # in float32 the mean of scores near 1000 is off by 1e-4 of a spread of 0.5
-        mean, std = member.mean(), member.std()
-        flat.append(std <= 1e-6 * (1 + mean.abs()))
-        stds.append(std)
-        if not flat[-1]:
-            advantages[rows] = ((member - mean) / (std + 1e-8)).to(values.dtype)
-    return advantages, torch.stack(flat), torch.stack(stds)
+    values = values.double()  # in float32 the mean of scores near 1000 is off by 1e-4 of a spread of 0.5
+    flat = flat_groups(values, groups)
+    if estimator == PER_PROMPT:
+        found, remembered = estimators.per_prompt(values, prompts, history)
+    else:
+        found, remembered = estimators.OF_ONE_ITERATION[estimator](values, groups), None
+    return found.masked_fill(flat[groups], 0.0), flat, remembered
 
 
 def best_and_worst(values: Tensor, groups: Tensor, indices: Tensor, count: int) -> Tensor:
@@ -53,29 +61,32 @@ def best_and_worst(values: Tensor, groups: Tensor, indices: Tensor, count: int) 
     return chosen
 
 
-def combine(scores: Scores, clamp: float = 5.0, combination: str = NORMALISE_FIRST, best_of: int = 0) -> Advantages:
+def combine(scores: Scores, clamp: float = 5.0, combination: str = NORMALISE_FIRST, best_of: int = 0, estimator: str = GROUP) -> Advantages:
     """The advantages of a rollout by all its rewards, clamped to +-clamp.
 
-    NORMALISE_FIRST: sum_k w_k A(r_k), each reward normalised in its group (arXiv 2505.07818, algorithm 1); a group is flat when it is
+    NORMALISE_FIRST: sum_k w_k A(r_k), an advantage for each reward (arXiv 2505.07818, algorithm 1); a group is flat when it is
     for every reward of non-zero weight. SUM_FIRST: A(sum_k w_k r_k), so that units count; a group is flat when its sums are.
 
     best_of: 0, or how many of each group are trained, the best and the worst by the advantage before it is clamped (as the
     published code's `--bestofn`); all of the group are compared with. Flat groups train nothing either way.
+    estimator: A, one of `groups.ESTIMATORS`.
 
     Raises:
         ValueError: `best_of` does not fit the groups, a score is not finite, or a group has one member.
     """
-    groups, columns = scores.rollout.groups.cpu(), [(column.weight, column.used.cpu()) for column in scores.columns]
+    rollout, groups = scores.rollout, scores.rollout.groups.cpu()
+    columns = [(column.name, column.weight, column.used.cpu()) for column in scores.columns]
     if combination == SUM_FIRST:
-        total, flat, _ = group_advantages(sum(weight * values.double() for weight, values in columns), groups)
-        total = total.float()
-    else:
-        total, flat = torch.zeros(len(groups)), torch.ones(int(groups.max()) + 1, dtype=torch.bool)
-        for weight, values in columns:
-            advantages, flat_here, _ = group_advantages(values, groups)
-            total = total + weight * advantages
-            flat = flat & (flat_here | (weight == 0))
+        columns = [("", 1.0, sum(weight * values.double() for _, weight, values in columns))]
+    total, flat, history = torch.zeros(len(groups)), torch.ones(int(groups.max()) + 1, dtype=torch.bool), None
+    for name, weight, values in columns:
+        past = (rollout.prompts, rollout.history.get(name, {})) if estimator == PER_PROMPT else ()
+        found, flat_here, remembered = of_one_reward(values, groups, estimator, *past)
+        total = total + weight * found.float()
+        flat = flat & (flat_here | (weight == 0))
+        if remembered is not None:
+            history = {**(history or rollout.history), name: remembered}
     trained = ~flat[groups]
     if best_of:
-        trained = trained & best_and_worst(total, groups, scores.rollout.indices.cpu(), best_of)
-    return Advantages(scores, total.clamp(-clamp, clamp), flat, trained)
+        trained = trained & best_and_worst(total, groups, rollout.indices.cpu(), best_of)
+    return Advantages(scores, total.clamp(-clamp, clamp), flat, trained, history)

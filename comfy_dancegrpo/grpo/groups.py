@@ -1,4 +1,7 @@
-"""The groups of a rollout's samples, and the ways in which several rewards are combined in them. Imports no torch: nodes name the ways."""
+"""The groups of a rollout's samples, the ways in which several rewards are combined in them, and what a sample is compared with (`estimators`).
+
+Imports no torch: nodes name them.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 NORMALISE_FIRST, SUM_FIRST = COMBINATIONS = ("normalise each, then sum", "sum, then normalise")
+GROUP, BATCH_STD, PER_PROMPT, BATCH, RANK, LEAVE_ONE_OUT = ESTIMATORS = (
+    "group", "group mean, batch std", "per-prompt history", "batch", "rank", "leave-one-out")
 
 
 def members(groups: Tensor) -> Iterator[Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -46,6 +46,7 @@ class Learner:
         self.policy, self.parameters, self.settings, self._written = policy, parameters, settings, written
         self.version = (run, 0)
         self.skipped = 0  # optimizer steps in a row, up to now, that were left out
+        self.history: Mapping[str, dict] = {}  # `Rollout.history` of the next rollout
         self.optimizer = optimizers.make(settings.name, parameters.values(), settings)
         self.ema = {name: p.detach().clone() for name, p in parameters.items()} if settings.ema_decay else None
 
@@ -113,6 +114,8 @@ class Learner:
                     numbers.setdefault(name, {})[key] = value
         tensors[_REST] = _packed({"groups": groups, "numbers": numbers})
         tensors["version"], tensors["skipped"] = torch.tensor(self.version[1]), torch.tensor(self.skipped)
+        if self.history:
+            tensors["history"] = _packed(self.history)
         return _known(tensors)
 
     def result(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -153,6 +156,7 @@ class Learner:
         self._written()
         self.version = (self.version[0], int(get("version", torch.tensor(0))))
         self.skipped = int(get("skipped", torch.tensor(0))) if "skipped" in shapes else 0
+        self.history = processes.broadcast(_unpacked(tensors["history"]) if processes.is_first() else None) if "history" in shapes else {}
 
 
 def _known(tensors: dict[str, Tensor | None]) -> dict[str, Tensor]:
@@ -160,7 +164,7 @@ def _known(tensors: dict[str, Tensor | None]) -> dict[str, Tensor]:
     return {name: value for name, value in tensors.items() if value is not None}
 
 
-def _packed(value: dict) -> Tensor:
+def _packed(value: Mapping) -> Tensor:
     """JSON as bytes: a checkpoint holds tensors alone, and Python writes its floats so that they read the same."""
     return torch.tensor(list(json.dumps(value, default=float).encode()), dtype=torch.uint8)
 

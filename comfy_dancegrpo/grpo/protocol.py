@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -133,6 +133,7 @@ class Rollout:
     trained (all but the last). pictures: [n, H, W, 3] (videos [n, F, H, W, 3]) float32, 0..1, on the CPU; every_picture: those
     of all N, in the first process; None in the others. version: of the policy that it was sampled from. iteration: from 0.
     early: the scores that rewards gave while it was drawn (`rewards.early.Early`), where there are such.
+    history: of each reward, the scores of former iterations by prompt, where an advantage is taken from them (`estimators.per_prompt`).
     """
 
     prompts: tuple[str, ...]
@@ -152,6 +153,7 @@ class Rollout:
     calls: CallCount = field(compare=False)
     seconds: dict[str, float] = field(default_factory=dict, compare=False)
     early: Any = field(default=None, compare=False, repr=False)
+    history: Mapping[str, dict[str, list[float]]] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def size(self) -> int:
@@ -196,12 +198,14 @@ class Scores:
 
 @dataclass(frozen=True)
 class Advantages:
-    """values: [N] float32. flat: [P] bool, the groups without spread, which train nothing. trained: [N] bool, the samples that do."""
+    """values: [N] float32. flat: [P] bool, the groups without spread, which train nothing. trained: [N] bool, the samples that do.
+    history: the rollout's, with these scores, where an advantage is taken from them; else None."""
 
     scores: Scores
     values: Tensor
     flat: Tensor
     trained: Tensor
+    history: Mapping[str, dict[str, list[float]]] | None = None
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:

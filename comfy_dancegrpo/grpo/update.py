@@ -121,6 +121,8 @@ def update(learner: Learner, advantages: Advantages, settings: UpdateSettings,
             norms.append(norm)
             learner.optimizer_step()
             learner.skipped = 0
+    if advantages.history is not None:
+        learner.history = advantages.history
     learning_rate = learner.learning_rate
     learner.finish_iteration()
     every = _of_all([torch.cat(r) for k, r in enumerate(ratios) if r and k not in skipped])
