@@ -22,6 +22,7 @@ app = typer.Typer(help="Runs saved ComfyUI graphs that train image and video mod
 
 Workflow = Annotated[Path, typer.Argument(help="A saved workflow: the editor's JSON, API JSON, or a PNG that holds one.")]
 Output = Annotated[Path, typer.Option(help="Where runs and pictures are written.")]
+OutputOrAddress = Annotated[str, typer.Option(metavar="PATH or ADDRESS", help="Where runs and pictures are written; an address (s3://bucket/runs) keeps runs there too.")]
 Models = Annotated[Optional[Path], typer.Option(help="The models folder: models, or ComfyUI's with --comfyui.", show_default=False)]
 ExtraModelPaths = Annotated[Optional[Path], typer.Option(metavar="FILE", help="ComfyUI's extra_model_paths.yaml.", show_default=False)]
 Input = Annotated[Optional[Path], typer.Option(help="Where Load Image looks: input, or ComfyUI's with --comfyui.", show_default=False)]
@@ -45,7 +46,7 @@ def _program(version: Annotated[bool, typer.Option("--version", help="Shows the 
 
 
 @app.command()
-def run(workflow: Workflow, output: Output = Path("output"), models: Models = None, extra_model_paths: ExtraModelPaths = None,
+def run(workflow: Workflow, output: OutputOrAddress = "output", models: Models = None, extra_model_paths: ExtraModelPaths = None,
         input: Input = None, comfyui: ComfyUI = None, run: Run = None, set_: Set = None, iterations: Iterations = None,
         seed: Seed = None, allow_host: AllowHost = None,
         processes: Annotated[Optional[int], typer.Option(min=1, help="How many train together: every visible GPU, or 1.", show_default=False)] = None,
@@ -54,14 +55,17 @@ def run(workflow: Workflow, output: Output = Path("output"), models: Models = No
                                                            help="Logs the run: tensorboard, wandb, or another of accelerate's trackers. Repeatable.")] = None,
         resume: Annotated[bool, typer.Option("--resume", help="Goes on with the run of that name, as Loop Start's on_existing=resume does.")] = False,
         hang_timeout: Annotated[float, typer.Option(min=1.0, metavar="SECONDS", help="Ends processes none of which has moved for so long.")] = 3600.0,
+        spool: Annotated[Optional[Path], typer.Option(metavar="FOLDER", help="Where runs of an address are trained: a folder of your cache.", show_default=False)] = None,
         debug: Debug = False) -> None:
     """Runs a workflow: checks it whole, then trains, on every visible GPU."""
     from . import launch
     from .session import Options, prepare, resume_command
+    from .storing import placed, stored
 
     launch.end_with_the_launcher()
-    options = Options(output, input, models, extra_model_paths, comfyui, run, iterations, seed, set_ or [], allow_host or [], track or [], resume,
-                      processes, config)
+    folder, address = placed(output, spool)
+    options = Options(folder, input, models, extra_model_paths, comfyui, run, iterations, seed, set_ or [], allow_host or [], track or [], resume,
+                      processes, config, storage=address, spool=spool)
     host = None
 
     def how() -> str:
@@ -83,7 +87,7 @@ def run(workflow: Workflow, output: Output = Path("output"), models: Models = No
             raise typer.Exit(launch.accelerate(config, sys.argv[1:]))
         if (count := launch.wanted(count)) > 1:
             raise typer.Exit(launch.launch(count, sys.argv[1:], hang_timeout, how_to_resume))
-        with use(host), host.running():
+        with use(host), host.running(), stored(host):
             execute(host.prompt, host.registry, extra_pnginfo=host.extra_pnginfo)
             together.end()
         if host.shows:
@@ -92,16 +96,17 @@ def run(workflow: Workflow, output: Output = Path("output"), models: Models = No
 
 
 @app.command()
-def validate(workflow: Workflow, output: Output = Path("output"), models: Models = None, extra_model_paths: ExtraModelPaths = None,
+def validate(workflow: Workflow, output: OutputOrAddress = "output", models: Models = None, extra_model_paths: ExtraModelPaths = None,
              input: Input = None, comfyui: ComfyUI = None, run: Run = None, set_: Set = None, iterations: Iterations = None,
              seed: Seed = None, allow_host: AllowHost = None,
              memory: Annotated[bool, typer.Option("--memory", help="Estimates what training will need of memory.")] = False,
              debug: Debug = False) -> None:
     """Checks a workflow as run does, and loads nothing."""
     from .session import Options, prepare
+    from .storing import placed
 
     with _reported(debug):
-        host = prepare(workflow, Options(output, input, models, extra_model_paths, comfyui, run, iterations, seed, set_ or [], allow_host or []))
+        host = prepare(workflow, Options(placed(output, None)[0], input, models, extra_model_paths, comfyui, run, iterations, seed, set_ or [], allow_host or []))
         print(f"{workflow}: {len(host.prompt)} nodes, no problems found")
         if memory:
             from comfy_dancegrpo.workflow.host import use

@@ -15,6 +15,7 @@ from comfy_dancegrpo.errors import WorkflowError
 from comfy_dancegrpo.runs import trackers
 from comfy_dancegrpo.workflow.host import use
 
+from . import storing
 from .console import ConsoleHost
 from .hosts import ProgramHost
 from .paths import ModelPaths
@@ -24,7 +25,7 @@ HostT = TypeVar("HostT", bound=ProgramHost)
 
 @dataclass(frozen=True)
 class Options:
-    """The options that `run` and `validate` share; None where the user said nothing."""
+    """The options that `run` and `validate` share; None where the user said nothing. storage: an address that runs are kept at too."""
 
     output: Path = Path("output")
     input: Path | None = None
@@ -40,6 +41,8 @@ class Options:
     resume: bool = False
     processes: int | None = None
     config: Path | None = None
+    storage: str | None = None
+    spool: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,7 @@ def make_host(options: Options, kind: type[HostT] = ConsoleHost) -> tuple[HostT,
     nodes = _collect(options, input, paths)
     host = kind(nodes.registry, options.output, input, paths, nodes.lent)
     host.allowed_hosts, host.trackers = tuple(map(_checked_host, options.allow_host)), tuple(options.track)
+    storing.give(host, options)
     return host, nodes
 
 
@@ -145,8 +149,8 @@ def loop_starts(prompt: dict[str, Any], registry: dict[str, type]) -> list[str]:
 
 def resume_command(host: ConsoleHost, workflow: Path, options: Options) -> str:
     """The command that goes on with the host's run: the options as given, the run's name, and --resume where Loop Start is not told that."""
-    words = ["dancegrpo", "run", str(workflow), "--output", str(options.output), "--run", host.run_folder.name]
-    for option in ("input", "models", "extra_model_paths", "comfyui", "iterations", "seed", "processes", "config"):
+    words = ["dancegrpo", "run", str(workflow), "--output", options.storage or str(options.output), "--run", host.run_folder.name]
+    for option in ("spool", "input", "models", "extra_model_paths", "comfyui", "iterations", "seed", "processes", "config"):
         value = getattr(options, option)
         if value is not None:
             words += ["--" + option.replace("_", "-"), str(value)]

@@ -6,6 +6,7 @@ how many rows of metrics.jsonl there are.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -56,7 +57,8 @@ def save(folder: Path, checkpoint: Checkpoint, kept: int = KEPT) -> Path:
             os.fsync(file.fileno())  # else a power cut may leave the name without what it names
     former = sorted(old for old in folder.glob("*.safetensors") if old.name <= path.name)  # a later one is damaged: it was passed over
     for old in former[:-kept] if kept else ():
-        old.unlink()
+        with contextlib.suppress(PermissionError):  # Windows deletes no file that is being copied to a storage; the next call tries again
+            old.unlink()
     return path
 
 

@@ -176,6 +176,11 @@ def _is_free(path: Path) -> bool:
     return lock.path_of(path).is_file() and not [p for p in (*_content(path / "live"), *_content(path)) if p not in (path / "live", lock.path_of(path))] and not lock.held(path)
 
 
+def _is_stored(name: str) -> bool:
+    """Whether a storage that outlives this machine has a run of this name."""
+    return host().storage is not None and host().storage.has(name)
+
+
 def claim(name: str, fingerprint: str, iterations: int, micro_batch: int, on_existing: str) -> tuple[RunFolder, str, BaseFileLock]:
     """`choose`, and the chosen folder's lock: until it is released no other process trains there.
 
@@ -211,11 +216,13 @@ def choose(name: str, fingerprint: str, iterations: int, micro_batch: int, on_ex
             a folder that is not a run's.
     """
     folder = RunFolder(host().output_folder / checked_name(name))
+    if host().storage is not None:
+        host().storage.fetch(name, on_existing)
     record = folder.record
     done = record.get("iterations", 0)
     finished = record.get("state") == "finished" and done == iterations
     unchanged = record.get("fingerprint") == fingerprint
-    if _is_free(folder.path):
+    if _is_free(folder.path) and not (on_existing == "new" and _is_stored(name)):
         return folder, "start"
     if on_existing == "new":
         same = finished and unchanged and record.get("micro_batch") == micro_batch
@@ -237,7 +244,7 @@ def choose(name: str, fingerprint: str, iterations: int, micro_batch: int, on_ex
 
 def _next_free(path: Path) -> RunFolder:
     number = 2
-    while not _is_free(candidate := path.with_name(f"{path.name}-{number}")):
+    while not _is_free(candidate := path.with_name(f"{path.name}-{number}")) or _is_stored(candidate.name):
         number += 1
     return RunFolder(candidate)
 

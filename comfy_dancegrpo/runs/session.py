@@ -133,6 +133,8 @@ class Session:
             self.live = LivePolicy(self.policy, learner, settings, self.prompts.prompts, self.watch)
             self._trackers = None if self.action == "reopen" else Trackers(self.folder, self._done, len(self.watch.rows))
             processes.on_first(lambda: live.forget_stop(self.folder))
+            if processes.is_first() and host().storage is not None:
+                host().storage.follow(self.folder.path, settings.checkpoints_kept)
             host().run_started(self.folder.path, self._node_id)
             host().run_moved(self.folder.path, self._done, settings.iterations)
             if line := self.policy.unseen(self.prompts.prompts):
@@ -278,6 +280,8 @@ class Session:
                 path = checkpoints.save(self.folder.checkpoints, content, self.settings.checkpoints_kept)
                 self._saved, told = done, {"checkpoint": {"bytes": path.stat().st_size, "seconds": round(time.perf_counter() - start, 4)}}
             self.folder.write_record(state=state, iterations=done, fingerprint=self._fingerprint, stopped_by=verdict, **told)
+            if host().storage is not None:
+                host().storage.changed(self.folder.path)
 
         self._writer.start(write)
         if state != "running":

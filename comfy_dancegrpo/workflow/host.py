@@ -11,9 +11,12 @@ import queue
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path, PureWindowsPath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import Interrupted
+
+if TYPE_CHECKING:
+    from ..runs.storage import Storage
 
 
 def inside(folder: Path, name: str) -> Path | None:
@@ -47,7 +50,7 @@ class Host:
 
     `registry` maps a node's class type to its class, as ComfyUI's NODE_CLASS_MAPPINGS does. `workflow_source` and `prompt` are
     the workflow as given (its JSON, in bytes) and as executed, where known; `run_folder` is where a run writes, once it started;
-    `trackers` are the user's, besides those of the settings;
+    `trackers` are the user's, besides those of the settings; `storage` keeps the runs of the output folder elsewhere too;
     `preview_folder` is where previews go that a page fetches as files of type "temp", on a host that has pages; `allowed_hosts`
     are those that rewards may call besides the ones of the user's settings.
     """
@@ -64,6 +67,7 @@ class Host:
         self.preview_folder: Path | None = None
         self.allowed_hosts: tuple[str, ...] = ()
         self.trackers: tuple[str, ...] = ()
+        self.storage: Storage | None = None
 
     def model_folders(self, kind: str) -> list[Path]:
         """The folders searched for models of a kind ("diffusers", "checkpoints", "reward_models", "loras"), best first."""
