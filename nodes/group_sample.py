@@ -3,6 +3,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from comfy_dancegrpo.errors import RunError
+from comfy_dancegrpo.grpo.noise_steps import BRANCH, MODES, NoiseSteps
 from comfy_dancegrpo.grpo.transitions import TRANSITIONS
 from comfy_dancegrpo.workflow.host import host
 
@@ -35,12 +36,19 @@ class GroupSample:
             "width": wires.integer(720, 16, 8192, "Pixels.", 8),
             "height": wires.integer(720, 16, 8192, "Pixels.", 8),
             "initial_noise": wires.choice(["shared", "independent"], "shared: a group starts from one noise, so that only the steps tell its pictures apart."),
-        }, "optional": {"frames": wires.FRAMES}, "hidden": {"unique_id": "UNIQUE_ID"}}
+        }, "optional": {
+            "frames": wires.FRAMES,
+            "noise_steps": wires.choice(list(MODES), "all: every step has noise and may be trained. window: a few steps in a row have. branch: one step of each group has, drawn "
+                                        "anew; what comes before it is computed once for the group, and training takes one call for the group."),
+            "window_size": wires.integer(4, 1, 1000, "Of the window: steps in a row that have noise."),
+            "window_interval": wires.integer(0, 0, 1_000_000, "Of the window: iterations after which it moves on by one step; 0 draws its place anew at each."),
+            "noise_share": wires.number(1.0, 0.01, 1.0, "The share of the steps, from the noisiest on, in which the window or the branch may be.", 0.05),
+        }, "hidden": {"unique_id": "UNIQUE_ID"}}
 
     def sample(self, policy, prompts, group_size, steps, transition, eta, shift, guidance_scale, width, height, initial_noise, frames=1,
-               unique_id=""):
+               noise_steps=MODES[0], window_size=4, window_interval=0, noise_share=1.0, unique_id=""):
         from comfy_dancegrpo.grpo.protocol import SamplingPlan, Size
-        from comfy_dancegrpo.grpo.rollout import Request, sample
+        from comfy_dancegrpo.grpo.rollout import Request, Work, sample
 
         family, settings = policy.policy, policy.settings
         if group_size < 2:
@@ -50,20 +58,26 @@ class GroupSample:
         if TRANSITIONS[transition].process != family.process:
             fitting = [t.name for t in TRANSITIONS.values() if t.process == family.process and t.stochastic]
             raise RunError(f'input "transition": found {transition!r}, accepted for this policy ({family.process}): {", ".join(map(repr, fitting))}')
-        size = Size(height, width, frames)
+        if noise_steps == BRANCH and initial_noise != "shared":
+            raise RunError(f'input "initial_noise": found {initial_noise!r}, accepted where "noise_steps" is {BRANCH!r}: \'shared\', since a group is one until it branches')
+        size, noise = Size(height, width, frames), NoiseSteps(noise_steps, window_size, window_interval, noise_share)
         try:
             shape = family.latent_shape(size)
         except ValueError as error:
             raise RunError(f'inputs "width", "height" and "frames": {error}') from None
         plan = SamplingPlan(family.time_grid(steps, shift, size), transition, eta, guidance_scale, size)
-        request = Request(prompts.prompts, group_size, shape, settings.seed, policy.iteration, initial_noise == "shared", settings.micro_batch)
+        request = Request(prompts.prompts, group_size, shape, settings.seed, policy.iteration, initial_noise == "shared", settings.micro_batch, noise)
+        try:
+            own_prompts = Work(request, plan).own_prompts
+        except ValueError as error:
+            raise RunError(f'input "window_size": {error}') from None
 
         def tick(done: int, total: int) -> None:
             host().check_interrupt()
             early.check()
             host().progress(done, total)
 
-        with policy.scoring.begin(unique_id, request.own_prompts) as early:
+        with policy.scoring.begin(unique_id, own_prompts) as early:
             host().load(family)
             rollout = sample(family, request, policy.encode(prompts.prompts, size), plan, policy.learner.version, tick=tick, hand=early.add)
         rollout = replace(rollout, early=early, history=policy.learner.history)

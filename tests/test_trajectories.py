@@ -12,7 +12,6 @@ from comfy_dancegrpo.grpo.protocol import CallCount, Column, Conditioning, Sampl
 from comfy_dancegrpo.grpo.rollout import Request, sample
 from comfy_dancegrpo.lora.adapter import Adapter, LoraSettings
 from comfy_dancegrpo.runs.prompt_cache import encode
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 PROMPTS, SIZE = ("a large red circle in the center on a white background", "a small blue star"), Size(64, 64)
 SETTINGS = updating.UpdateSettings(train_fraction=1.0)
@@ -45,18 +44,17 @@ def test_replay_brings_each_micro_batch_to_the_device_that_computes():
     rollout = sample(policy, Request(("a", "b"), 3, (3,), seed=0, iteration=0, micro_batch=4), conditioning, plan, ("run", 0))
     advantages = combine(Scores(rollout, (Column("toy", 1.0, torch.arange(6.0)),)))
     assert rollout.states.device.type == "cpu" and rollout.states.shape == (6, 4, 3)
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        plan, conditioning, policy = on("meta")
-        there = dataclasses.replace(rollout, plan=plan, conditioning=conditioning, states=mode.from_tensor(rollout.states),
-                                    log_probs=mode.from_tensor(rollout.log_probs).to("meta"))
-        learner = Learner(policy, {"weight": policy.weight}, OptimizerSettings(), "run")
-        advantages = dataclasses.replace(advantages, scores=dataclasses.replace(advantages.scores, rollout=there))
-        pairs, calls = [(n, t) for n in range(6) for t in range(3)], CallCount()
-        with torch.enable_grad():
-            found = list(updating._accumulate(learner, advantages, pairs, pairs, {n: n for n in range(6)}, 5, 1e-4, calls))
-        assert calls.backward == 20 and len(found) == 5 and policy.weight.grad.device.type == "meta"
-        with pytest.raises(RuntimeError, match="same device"):
-            there.states * plan.grid.levels[:4, None]  # or the check above could not fail
+    plan, conditioning, policy = on("meta")
+    there = dataclasses.replace(rollout, plan=plan, conditioning=conditioning, log_probs=rollout.log_probs.to("meta"))
+    learner = Learner(policy, {"weight": policy.weight}, OptimizerSettings(), "run")
+    advantages = dataclasses.replace(advantages, scores=dataclasses.replace(advantages.scores, rollout=there))
+    pairs, calls = [(n, t) for n in range(6) for t in range(3)], CallCount()
+    served = updating._by_input(there, pairs)
+    with torch.enable_grad():
+        found = list(updating._accumulate(learner, advantages, pairs, served, {n: n for n in range(6)}, 5, 1e-4, calls, moved=False))
+    assert len(served) == 2 + 6 * 2 and calls.backward == 20 and len(found) == 5 and policy.weight.grad.device.type == "meta"
+    with pytest.raises(RuntimeError, match="device"):
+        there.states * plan.grid.levels[:4, None]  # or the check above could not fail
 
 
 def seen_by(policy, monkeypatch):
@@ -75,7 +73,8 @@ def test_what_is_replayed_is_what_was_sampled(monkeypatch, one_thread):
         request = Request(PROMPTS, 3, policy.latent_shape(SIZE), seed=1, iteration=0, micro_batch=3)
         sampled = seen_by(policy, monkeypatch)
         rollout = sample(policy, request, encode(policy, PROMPTS, SIZE), plan, learner.version)
-        assert torch.equal(rollout.states, torch.cat([torch.stack(sampled[k:k + 4], 1) for k in (0, 4)]))
+        assert torch.equal(rollout.states[:, 0], sampled[0][rollout.groups])  # a call for both groups, padded
+        assert torch.equal(rollout.states[:, 1:], torch.cat([torch.stack(sampled[k:k + 3], 1) for k in (1, 4)])) and len(sampled) == 7
         replayed = seen_by(policy, monkeypatch)
         stats = updating.update(learner, combine(Scores(rollout, (Column("toy", 1.0, torch.arange(6.0)),))), SETTINGS)
         states = {row.numpy().tobytes() for row in rollout.states[:, :3].flatten(0, 1)}

@@ -16,7 +16,7 @@ from comfy_dancegrpo.grpo.groups import PER_PROMPT
 from comfy_dancegrpo.grpo.learner import Learner, OptimizerSettings
 from comfy_dancegrpo.grpo.protocol import Column, Conditioning, SamplingPlan, Scores, Size, TimeGrid
 from comfy_dancegrpo.grpo.rollout import Request, sample
-from comfy_dancegrpo.grpo.update import NotFinite, StaleRollout, UpdateSettings, chosen_transitions, shares, update
+from comfy_dancegrpo.grpo.update import NotFinite, StaleRollout, UpdateSettings, chosen_transitions, input_of, shares, update
 
 LATENT, WORDS, HIDDEN, STEPS, PROMPTS, GROUP = 6, 9, 16, 5, 3, 4
 ETA = 0.5
@@ -167,7 +167,7 @@ def test_the_gradient_is_clipped_as_a_whole():
     np.testing.assert_allclose(bound.gradients[0], free.gradients[0] / 4, rtol=1e-5)
 
 
-@pytest.mark.parametrize("micro_batch, padded", [(48, 0), (16, 0), (7, 1), (5, 2), (100, 52)])
+@pytest.mark.parametrize("micro_batch, padded", [(39, 0), (16, 9), (7, 3), (5, 1), (100, 61)])  # 39 inputs: the first step has one for each group
 def test_padding_changes_nothing_but_the_count(micro_batch, padded):
     learner, advantages = case()
     whole = dataclasses.replace(advantages.scores.rollout, micro_batch=48)
@@ -179,7 +179,7 @@ def test_padding_changes_nothing_but_the_count(micro_batch, padded):
         stats = update(learner, scored, ALL)
         gradients.append(learner.gradients[0])
     assert relative_error(*gradients[::-1]) < 1e-12
-    assert (stats.calls.forward, stats.calls.backward, stats.calls.padded) == (0, 48 + padded, padded)
+    assert (stats.calls.forward, stats.calls.backward, stats.calls.padded) == (0, 39 + padded, padded)
 
 
 # -- the ratio of a fresh policy ------------------------------------------------------------------------------------------------
@@ -258,7 +258,7 @@ def test_the_best_and_worst_of_each_group_are_replayed_and_the_others_are_not():
     drifted(learner)
     stats = update(learner, advantages, ALL)
     pairs = [(n, t) for n, t in PAIRS if n in kept]
-    assert stats.transitions == len(pairs) == 16 and sum(seen) == stats.calls.backward == 21  # 3 micro-batches of 7
+    assert stats.transitions == len(pairs) == 16 and sum(seen) == stats.calls.backward == 14  # 2 micro-batches of 7: the first step has one input for each of the 2 groups
     assert relative_error(learner.gradients[0], finite_difference(learner.before[0], advantages, pairs, ALL.clip_range)) < 1e-5
 
 
@@ -361,20 +361,39 @@ def test_without_noise_there_is_nothing_to_train_on():
 # -- bookkeeping ----------------------------------------------------------------------------------------------------------------
 def test_calls_are_counted_as_the_denoiser_sees_them():
     learner = Recorder(Perceptron())
-    seen = {True: 0, False: 0}
+    seen = {"forward": 0, "backward": 0}
 
     def hook(module, arguments, output):
-        seen[torch.is_grad_enabled()] += len(output)
+        seen["forward"] += len(output)
+        if output.requires_grad:
+            output.register_hook(lambda gradient: seen.update(backward=seen["backward"] + len(gradient)))
 
     learner.policy.net.register_forward_hook(hook)
     rollout = rollout_of(learner, micro_batch=5)
-    assert (rollout.calls.forward, rollout.calls.backward, rollout.calls.padded) == (seen[False], 0, 3 * STEPS)
+    # the first step: 3 groups in a call of 5; the 4 others: 12 samples in calls of 5, 5 and 2
+    assert (rollout.calls.forward, rollout.calls.backward, rollout.calls.padded) == (5 + 4 * 15, 0, 2 + 4 * 3) == (seen["forward"], 0, 14)
     ticks = []
-    stats = update(learner, advantages_of(rollout), dataclasses.replace(ALL, optimizer_steps=2, train_fraction=0.5),
-                   lambda *now: ticks.append(now))
-    assert (stats.calls.forward, stats.calls.backward) == (seen[False] - rollout.calls.forward, seen[True])
-    assert stats.calls.backward - stats.calls.padded == stats.transitions == 24
-    assert ticks == [(5, 24), (10, 24), (12, 24), (17, 24), (22, 24), (24, 24)]
+    advantages, settings = advantages_of(rollout), dataclasses.replace(ALL, optimizer_steps=2)
+    stats = update(learner, advantages, settings, lambda *now: ticks.append(now))
+    assert (stats.calls.forward + stats.calls.backward, stats.calls.backward) == (seen["forward"] - 65, seen["backward"])
+    inputs = [len({input_of(rollout, pair) for pair in pairs}) for pairs in shares(rollout, advantages.trained, settings)]
+    assert stats.transitions == 48 and sum(inputs) < 48 and stats.calls.backward + stats.calls.forward - stats.calls.padded == sum(inputs)
+    assert len(ticks) == sum(-(-count // 5) for count in inputs) and ticks[-1] == (48, 48) and ticks == sorted(set(ticks))
+
+
+def test_what_the_clip_has_silenced_costs_no_backward_pass():
+    """After a step far beyond the clip, what stands in the next step is silenced where its ratio has moved its own way."""
+    (learner, advantages), (same, again) = case(drift=0.0, micro_batch=1, learning_rate=0.3), case(drift=0.0, micro_batch=48, learning_rate=0.3)
+    settings = dataclasses.replace(ALL, optimizer_steps=2)
+    spared, whole = update(learner, advantages, settings), update(same, again, settings)
+    pairs = shares(advantages.scores.rollout, advantages.trained, settings)[1]
+    values = advantages.values.double().numpy()[[n for n, _ in pairs]]
+    _, ratios = numpy_pairs(learner.before[1], advantages, pairs, ALL.clip_range)
+    silenced = ((values > 0) & (ratios > 1 + ALL.clip_range)) | ((values < 0) & (ratios < 1 - ALL.clip_range))
+    alive = {input_of(advantages.scores.rollout, pair) for pair, silent in zip(pairs, silenced) if not silent}
+    inputs = {input_of(advantages.scores.rollout, pair) for pair in pairs}
+    assert 0 < len(alive) < len(inputs) and spared.calls.forward == len(inputs) - len(alive)
+    assert whole.calls.forward == 0 and relative_error(learner.gradients[1], same.gradients[1]) < 1e-9
 
 
 @pytest.mark.parametrize("ema_decay", [0.0, 0.9])

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -22,12 +23,24 @@ def micro_batches(count: int, size: int, parts: int = 0) -> Iterator[tuple[Tenso
         yield torch.arange(start, start + size).clamp(max=max(count - 1, 0)), real
 
 
-def step(policy: Denoiser, x: Tensor, index: Tensor, conditioning: Conditioning, plan: SamplingPlan,
+def timetable(steps: Sequence[range], size: int) -> list[list[tuple[int, int]]]:
+    """The (row, step) pairs of each denoiser call, up to `size` in one: the rows in turn, each through its own steps; one that has ended makes room."""
+    waiting, under_way, table = deque((row, of_row) for row, of_row in enumerate(steps) if of_row), [], []
+    while waiting or under_way:
+        while waiting and len(under_way) < size:
+            row, of_row = waiting.popleft()
+            under_way.append((row, of_row.start))
+        table.append(under_way)
+        under_way = [(row, t + 1) for row, t in under_way if t + 1 < steps[row].stop]
+    return table
+
+
+def step(policy: Denoiser, x: Tensor, index: Tensor, conditioning: Conditioning, plan: SamplingPlan, noisy: Tensor,
          calls: CallCount, real: int) -> Gaussian:
     """One transition of each row from its own step of the plan.
 
     Args:
-        x: [B, ...] latents. index: [B] int64, the step (0..T-1) of each row. conditioning: B rows.
+        x: [B, ...] latents. index: [B] int64, the step (0..T-1) of each row. conditioning: B rows. noisy: [B] bool, whether it has noise.
         calls: counts this call. real: how many of the rows are not padding.
     """
     transition = TRANSITIONS[plan.transition]
@@ -35,4 +48,4 @@ def step(policy: Denoiser, x: Tensor, index: Tensor, conditioning: Conditioning,
     level, level_next = plan.grid.levels[index].view(shape), plan.grid.levels[index + 1].view(shape)
     output = policy.predict(x, plan.grid.timesteps[index], conditioning, plan)
     calls.add(len(x), real, backward=torch.is_grad_enabled())
-    return transition.step(x, output, level, level_next, plan.eta)
+    return transition.step(x, output, level, level_next, plan.eta * noisy.to(level.dtype).view(shape))

@@ -108,6 +108,11 @@ class CallCount:
             self.forward += samples
         self.padded += samples - real
 
+    def spared(self, samples: int) -> None:
+        """The backward half of a call that was counted with it."""
+        self.backward -= samples
+        self.forward += samples
+
     def __add__(self, other: CallCount) -> CallCount:
         return CallCount(self.forward + other.forward, self.backward + other.backward, self.padded + other.padded)
 
@@ -128,9 +133,11 @@ class Rollout:
     """One iteration's samples, N of them in P groups, of which a process draws n and knows what all are.
 
     prompts: N texts. groups: [N] int64, the group (prompt slot) of each sample. indices: [N] int64, its place in the group.
-    places: [n] int64 ascending, which of the N were drawn here (all, with one process). conditioning: P rows.
+    places: [n] int64 ascending, which of the N were drawn here (all, with one process). order: in which Update takes the N. conditioning: P rows.
+    noisy: [P, T] bool, which steps had noise. common: [P] int64, how many of the first steps had one input for the whole group, and so one
+    denoiser call: up to the first with noise, where the group began from one noise.
     states: [n, T, ...] float32 on the CPU, the latents before each step. log_probs: [n, T - 1] float32, of the transitions that may be
-    trained (all but the last). pictures: [n, H, W, 3] (videos [n, F, H, W, 3]) float32, 0..1, on the CPU; every_picture: those
+    trained (all but the last), 0 where there was no noise. pictures: [n, H, W, 3] (videos [n, F, H, W, 3]) float32, 0..1, on the CPU; every_picture: those
     of all N, in the first process; None in the others. version: of the policy that it was sampled from. iteration: from 0.
     early: the scores that rewards gave while it was drawn (`rewards.early.Early`), where there are such.
     history: of each reward, the scores of former iterations by prompt, where an advantage is taken from them (`estimators.per_prompt`).
@@ -140,6 +147,9 @@ class Rollout:
     groups: Tensor
     indices: Tensor
     places: Tensor
+    order: tuple[int, ...]
+    noisy: Tensor
+    common: Tensor
     conditioning: Conditioning
     plan: SamplingPlan
     states: Tensor

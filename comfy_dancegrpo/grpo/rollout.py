@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,11 +11,11 @@ import torch
 from torch import Tensor
 
 from .. import processes
-from .forward import micro_batches, step
-from .gaussian import Gaussian, log_prob
 from .noise import generator
-from .protocol import CallCount, Conditioning, Denoiser, Rollout, SamplingPlan, at_least_float32
+from .noise_steps import NoiseSteps
+from .protocol import CallCount, Conditioning, Denoiser, Rollout, SamplingPlan
 from .transitions import TRANSITIONS
+from .walk import Walk
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,7 @@ class Request:
     """Which samples to draw: prompts (P texts) times group_size, in latents of `latent_shape` (without the batch).
 
     The noise of a sample depends on (seed, iteration, prompt slot, index in the group) alone. With shared_noise the whole
-    group starts from the noise of its index 0 (arXiv 2505.07818, section 3.2).
+    group starts from the noise of its index 0 (arXiv 2505.07818, section 3.2). noise_steps: which steps have noise.
     """
 
     prompts: tuple[str, ...]
@@ -32,6 +33,7 @@ class Request:
     iteration: int
     shared_noise: bool = True
     micro_batch: int = 16
+    noise_steps: NoiseSteps = NoiseSteps()
 
     @property
     def groups(self) -> Tensor:
@@ -41,20 +43,49 @@ class Request:
     def indices(self) -> Tensor:
         return torch.arange(self.group_size).repeat(len(self.prompts))
 
+
+@dataclass(frozen=True)
+class Work:
+    """What a request's samples go through by a plan, and which of them this process draws. Its properties are those of `Rollout`."""
+
+    request: Request
+    plan: SamplingPlan
+
+    @functools.cached_property
+    def noisy(self) -> Tensor:
+        request = self.request
+        steps = request.noise_steps.of(len(request.prompts), self.plan.grid.steps, request.seed, request.iteration)
+        return steps if TRANSITIONS[self.plan.transition].stochastic and self.plan.eta > 0 else torch.zeros_like(steps)
+
+    @functools.cached_property
+    def common(self) -> Tensor:
+        first = torch.where(self.noisy.any(1), self.noisy.int().argmax(1) + 1, 0)
+        return first if self.request.shared_noise else torch.zeros_like(first)
+
+    @property
+    def whole_groups(self) -> bool:
+        """Whether all that is trained of a group has one input: then a group that stays together is trained by one denoiser call."""
+        return bool((self.common > 0).all()) and bool((self.noisy[:, :-1].sum(1) <= 1).all())
+
+    @functools.cached_property
+    def order(self) -> tuple[int, ...]:
+        """A permutation keyed by (seed, iteration); of groups, where those are trained whole."""
+        request, size = self.request, self.request.group_size if self.whole_groups else 1
+        units = torch.randperm(len(request.groups) // size, generator=generator("order", request.seed, request.iteration)).tolist()
+        return tuple(unit * size + k for unit in units for k in range(size))
+
+    @functools.cached_property
+    def places(self) -> Tensor:
+        """Evenly spread over `order`, so that no process waits in Update; whole groups where those can be spread evenly."""
+        even = self.whole_groups and len(self.request.prompts) % processes.count() == 0
+        size = self.request.group_size if even else 1
+        own = processes.share([self.order[k:k + size] for k in range(0, len(self.order), size)])
+        return torch.tensor(sorted(n for unit in own for n in unit), dtype=torch.int64)
+
     @property
     def own_prompts(self) -> tuple[str, ...]:
         """Of the samples that this process draws."""
-        return tuple(self.prompts[g] for g in self.groups[self.places].tolist())
-
-    @property
-    def places(self) -> Tensor:
-        """[n]: the samples that this process draws, of N; evenly spread over the order in which Update takes them, so that no process waits."""
-        return torch.tensor(sorted(processes.share(update_order(self.seed, self.iteration, len(self.groups)))), dtype=torch.int64)
-
-
-def update_order(seed: int, iteration: int, count: int) -> list[int]:
-    """The order in which an iteration's samples are taken into optimizer steps: a permutation keyed by (seed, iteration)."""
-    return torch.randperm(count, generator=generator("order", seed, iteration)).tolist()
+        return tuple(self.request.prompts[g] for g in self.request.groups[self.places].tolist())
 
 
 def initial_noise(request: Request, rows: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -73,64 +104,41 @@ def sample(policy: Denoiser, request: Request, conditioning: Conditioning, plan:
            hand: Callable[[Tensor], None] = lambda pictures: None) -> Rollout:
     """Draws this process's share of the request, micro-batch by micro-batch; every process makes as many denoiser calls as any other.
 
+    The steps that a group has in common (those up to its first with noise, where it begins from one noise) are computed once for the group.
+
     Args:
         conditioning: P rows. version: of the policy, carried by the rollout. initial: [N, *latent_shape], in place of the
-            request's own noise. tick: called after each micro-batch with (samples done, samples of this process); it may raise to stop.
+            request's own noise; with shared noise a group's samples must have the same. tick: called after each decoded micro-batch with
+            (samples done, samples of this process); it may raise to stop.
         record: False keeps the pictures alone, for what is never trained on; states are then [0].
-        hand: called with each micro-batch's pictures, before tick.
+        hand: called with each micro-batch's pictures, in the order of `places`, before tick.
 
     Returns:
         The rollout; its log_probs are 0 where the transition has no noise.
     """
-    device, levels = plan.grid.levels.device, plan.grid.levels
-    places, steps, calls = request.places, plan.grid.steps, CallCount()
-    count, most = len(places), -(-len(request.groups) // processes.count())
-    stand_in = places if count else places.new_zeros(1)  # of a process without samples, which draws what nobody sees
-    transition = TRANSITIONS[plan.transition]
-    noisy = transition.stochastic and plan.eta > 0
-    states, log_probs, pictures, seconds = [], [], [], {"denoise": 0.0, "decode": 0.0}
-    for own, real in micro_batches(count, request.micro_batch, -(-most // request.micro_batch)):
-        start, rows = time.perf_counter(), stand_in[own]
-        noise = initial_noise(request, rows, levels.dtype) if initial is None else initial[rows.to(initial.device)]
-        x, batch = noise.to(device), conditioning.rows(request.groups[rows].to(device))
-        sources = [generator("step", request.seed, request.iteration, g, i)
-                   for g, i in zip(request.groups[rows].tolist(), request.indices[rows].tolist())]
-        path, densities = [], []
-        for t in range(steps):
-            if record:
-                path.append(x)
-            gaussian = step(policy, x, torch.full((len(rows),), t, device=device), batch, plan, calls, real)
-            if t == steps - 1:
-                break
-            x = _draw(gaussian, sources) if noisy else at_least_float32(gaussian.mean)
-            densities.append(log_prob(x, gaussian) if noisy else x.new_zeros(len(x)))
-        latents = getattr(gaussian, transition.scored)
+    work = Work(request, plan)
+    rows = work.places if len(work.places) else work.places.new_zeros(1)
+    noise = initial_noise(request, rows, plan.grid.levels.dtype) if initial is None else initial[rows.to(initial.device)]
+    walk = Walk(policy, work, conditioning, rows, noise, record)
+    pictures, seconds, start = [], {"denoise": 0.0, "decode": 0.0}, time.perf_counter()
+    for part, real in walk.finished():
         decoding = time.perf_counter()
-        decoded = policy.decode(latents, plan)
-        if record:
-            states.append(torch.stack(path, 1)[:real].cpu())  # until it is replayed it would lie idle on an accelerator
-        if densities:
-            log_probs.append(torch.stack(densities, 1)[:real])
-        pictures.append(decoded[:real].float().cpu())
         if real:
+            pictures.append(policy.decode(walk.x[part], plan)[:real].float().cpu())
             hand(pictures[-1])
         seconds["denoise"] += decoding - start
-        seconds["decode"] += time.perf_counter() - decoding
-        tick(min(int(own[0]) + request.micro_batch, count), count)
-    none = levels.new_zeros(0)
+        start = time.perf_counter()
+        seconds["decode"] += start - decoding
+        tick(int(part[-1]) + 1 if real else len(work.places), len(work.places))
+    if plan.grid.levels.is_cuda:
+        torch.cuda.synchronize()  # the states have arrived
     drawn = torch.cat(pictures) if pictures else torch.zeros(0)
+    count = len(work.places)
     return Rollout(
-        prompts=tuple(request.prompts[g] for g in request.groups.tolist()), groups=request.groups, indices=request.indices, places=places,
-        conditioning=conditioning, plan=plan, states=torch.cat(states) if states else none,
-        log_probs=torch.cat(log_probs) if log_probs else levels.new_zeros(count, steps - 1), pictures=drawn,
-        every_picture=processes.gathered(drawn, places, len(request.groups), everywhere=False) if processes.count() > 1 else drawn,
+        prompts=tuple(request.prompts[g] for g in request.groups.tolist()), groups=request.groups, indices=request.indices, places=work.places,
+        order=work.order, noisy=work.noisy, common=work.common, conditioning=conditioning, plan=plan,
+        states=walk.states[:count] if record and count else plan.grid.levels.new_zeros(0), log_probs=walk.log_probs[:count], pictures=drawn,
+        every_picture=processes.gathered(drawn, work.places, len(request.groups), everywhere=False) if processes.count() > 1 else drawn,
         version=version, seed=request.seed, iteration=request.iteration, micro_batch=request.micro_batch,
-        calls=sum(processes.all_of(calls), CallCount()), seconds=seconds,
+        calls=sum(processes.all_of(walk.calls), CallCount()), seconds=seconds,
     )
-
-
-def _draw(gaussian: Gaussian, sources: list[torch.Generator]) -> Tensor:
-    """x_next ~ the Gaussian, each row from its own generator."""
-    mean = at_least_float32(gaussian.mean)
-    noise = torch.stack([torch.randn(mean.shape[1:], dtype=mean.dtype, generator=g) for g in sources])
-    return mean + gaussian.std * noise.to(mean.device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -13,11 +14,10 @@ from torch import Tensor
 from .. import processes, sharding
 from . import objectives
 from .forward import micro_batches, step
-from .gaussian import log_prob
+from .gaussian import Gaussian, log_prob
 from .learner import Learner
 from .noise import generator
 from .protocol import Advantages, CallCount, Rollout
-from .rollout import update_order
 
 
 class StaleRollout(ValueError):
@@ -61,21 +61,36 @@ class UpdateStats:
 
 
 def chosen_transitions(rollout: Rollout, sample: int, fraction: float) -> list[int]:
-    """The steps trained for one sample, ascending: a share of 0..T-2 (the last is never trained), keyed by the sample."""
-    trainable = rollout.log_probs.shape[1]
-    count = max(1, round(fraction * trainable))
-    source = generator("transitions", rollout.seed, rollout.iteration, int(rollout.groups[sample]), int(rollout.indices[sample]))
-    return sorted(torch.randperm(trainable, generator=source)[:count].tolist())
+    """The steps trained for one sample, ascending: a share of those of 0..T-2 that had noise (the last is never trained), keyed by the sample."""
+    group = int(rollout.groups[sample])
+    trainable = rollout.noisy[group, :-1].nonzero()[:, 0]
+    count = max(1, round(fraction * len(trainable)))
+    source = generator("transitions", rollout.seed, rollout.iteration, group, int(rollout.indices[sample]))
+    return sorted(trainable[torch.randperm(len(trainable), generator=source)[:count]].tolist())
 
 
-def shares(rollout: Rollout, trained: Tensor, settings: UpdateSettings) -> list[list[tuple[int, int]]]:
+Pair = tuple[int, int]
+"""(sample, step)."""
+
+
+def input_of(rollout: Rollout, pair: Pair) -> tuple[str, int, int]:
+    """What the denoiser is given to replay a transition; equal for those that one call serves."""
+    sample, t = pair
+    group = int(rollout.groups[sample])
+    return ("group", group, t) if t < rollout.common[group] else ("sample", sample, t)
+
+
+def shares(rollout: Rollout, trained: Tensor, settings: UpdateSettings) -> list[list[Pair]]:
     """(sample, step) pairs of each optimizer step; samples that are not `trained` [N] bool are left out, and steps left empty by that.
 
-    The shares are equal to within one pair, so that no step pays for a micro-batch of padding that its neighbour could fill.
+    The shares are equal to within one pair, so that no step pays for a micro-batch of padding that its neighbour could fill; where groups are trained
+    whole, by one call each, to within one group.
     """
-    pairs = [(n, t) for n in update_order(rollout.seed, rollout.iteration, rollout.size) if trained[n] for t in chosen_transitions(rollout, n, settings.train_fraction)]
-    parts = min(settings.optimizer_steps, len(pairs))
-    return [pairs[k * len(pairs) // parts:(k + 1) * len(pairs) // parts] for k in range(parts)]
+    pairs = [(n, t) for n in rollout.order if trained[n] for t in chosen_transitions(rollout, n, settings.train_fraction)]
+    whole = bool((rollout.noisy[:, :-1].sum(1) <= 1).all()) and bool((rollout.common > 0).all())
+    units = [list(unit) for _, unit in itertools.groupby(pairs, lambda pair: input_of(rollout, pair) if whole else pair)]
+    parts = min(settings.optimizer_steps, len(units))
+    return [[pair for unit in units[k * len(units) // parts:(k + 1) * len(units) // parts] for pair in unit] for k in range(parts)]
 
 
 def update(learner: Learner, advantages: Advantages, settings: UpdateSettings,
@@ -94,20 +109,20 @@ def update(learner: Learner, advantages: Advantages, settings: UpdateSettings,
     if rollout.version != learner.version:
         raise StaleRollout(f"the rollout was sampled from version {rollout.version[1]} of {rollout.version[0]!r}, "
                            f"and the policy is at version {learner.version[1]} of {learner.version[0]!r}")
-    if rollout.log_probs.shape[1] == 0 or len(rollout.places) and not bool((rollout.log_probs != 0).any()):
+    if not bool(rollout.noisy[:, :-1].any()):
         raise ValueError("the rollout has no noise, so it has no log-probabilities to train on: "
                          "sample with a stochastic transition, eta above 0 and at least 2 steps")
     parts, calls = shares(rollout, advantages.trained, settings), CallCount()
     here = {n: row for row, n in enumerate(rollout.places.tolist())}
-    own = [[(n, t) for n, t in pairs if n in here] for pairs in parts]
-    micro_batches_of = [max(column) for column in zip(*processes.all_of([-(-len(pairs) // rollout.micro_batch) for pairs in own]))]
-    total, done = sum(map(len, own)), 0
+    own = [_by_input(rollout, [(n, t) for n, t in pairs if n in here]) for pairs in parts]
+    micro_batches_of = [max(column) for column in zip(*processes.all_of([-(-len(served) // rollout.micro_batch) for served in own]))]
+    total, done = sum(len(pairs) for served in own for pairs in served), 0
     losses, ratios, norms, skipped = [], [[] for _ in parts], [], set()
     learner.zero_grad()  # of an update that was interrupted
     with torch.inference_mode(False), torch.enable_grad():
-        for k, pairs_here in enumerate(own):
+        for k, served in enumerate(own):
             of_step = []
-            for loss, ratio in _accumulate(learner, advantages, parts[k], pairs_here, here, micro_batches_of[k], settings.clip_range, calls):
+            for loss, ratio in _accumulate(learner, advantages, parts[k], served, here, micro_batches_of[k], settings.clip_range, calls, k > 0):
                 of_step.append(loss), ratios[k].append(ratio)
                 done += len(ratio)
                 tick(done, total)
@@ -173,32 +188,52 @@ def _of_all(parts: list[Tensor]) -> Tensor:
     return torch.cat(processes.all_of(torch.cat(parts).cpu().double() if parts else torch.zeros(0, dtype=torch.float64)))
 
 
-def _accumulate(learner: Learner, advantages: Advantages, pairs: list[tuple[int, int]], own: list[tuple[int, int]], here: dict[int, int],
-                calls_of_all: int, clip_range: float, calls: CallCount) -> Iterator[tuple[Tensor, Tensor]]:
-    """Adds this process's `own` part of the gradient of the mean loss over `pairs`; yields (losses, ratios) [real rows], detached, by micro-batch.
+def _by_input(rollout: Rollout, pairs: list[Pair]) -> list[list[Pair]]:
+    """The pairs that each input of the denoiser serves."""
+    served: dict[tuple[str, int, int], list[Pair]] = {}
+    for pair in pairs:
+        served.setdefault(input_of(rollout, pair), []).append(pair)
+    return list(served.values())
 
-    here: the row of the rollout's states by sample. calls_of_all: micro-batches that every process makes, where it needs fewer with rows that count nothing.
+
+def _accumulate(learner: Learner, advantages: Advantages, pairs: list[Pair], served: list[list[Pair]], here: dict[int, int],
+                calls_of_all: int, clip_range: float, calls: CallCount, moved: bool) -> Iterator[tuple[Tensor, Tensor]]:
+    """Adds this process's part of the gradient of the mean loss over `pairs`; yields (losses, ratios) [pairs served], detached, by micro-batch.
+
+    served: this process's pairs, by the input that serves them. here: the row of the rollout's states by sample. calls_of_all: micro-batches that every
+    process makes, where it needs fewer with rows that count nothing. moved: whether the policy has moved since the rollout, so that a clip may hold.
     """
     rollout, device = advantages.scores.rollout, advantages.scores.rollout.plan.grid.levels.device
     if not here:  # more processes than samples: zeros stand in
         states, log_probs = (tensor.new_zeros(1, *tensor.shape[1:]) for tensor in (rollout.states, rollout.log_probs))
         rollout = replace(rollout, states=states, log_probs=log_probs)
-    rows_of = own or [(min(here, default=0), pairs[0][1])]
-    every_sample, every_step = (torch.tensor(column, device=device) for column in zip(*rows_of))
-    every_row = torch.tensor([here.get(n, 0) for n, _ in rows_of], device=device)
-    for part, real in micro_batches(len(own), rollout.micro_batch, calls_of_all):
-        part = part.to(device)
-        samples, steps, rows = every_sample[part], every_step[part], every_row[part]
-        gaussian = step(learner.policy, _states(rollout, rows, steps, device), steps,
-                        rollout.conditioning.rows(rollout.groups.to(device)[samples]), rollout.plan, calls, real)
-        loss, ratio = objectives.clipped(
-            log_prob(_states(rollout, rows, steps + 1, device), gaussian), rollout.log_probs[rows, steps],
-            advantages.values.to(device)[samples], clip_range,
-        )
-        (loss[:real].sum() / len(pairs)).backward()
-        yield loss[:real].detach(), ratio[:real].detach()
+    inputs = [of_input[0] for of_input in served] or [(min(here, default=0), pairs[0][1])]
+    for part, real in micro_batches(len(served), rollout.micro_batch, calls_of_all):
+        samples, steps = torch.tensor([inputs[k] for k in part.tolist()]).T
+        rows = torch.tensor([here.get(n, 0) for n in samples.tolist()])
+        gaussian = step(learner.policy, rollout.states[rows, steps].to(device), steps.to(device), rollout.conditioning.rows(rollout.groups[samples].to(device)),
+                        rollout.plan, torch.ones_like(steps, dtype=torch.bool).to(device), calls, real)
+        mean = gaussian.mean.detach().requires_grad_()
+        loss, losses, ratios = _objective(advantages, rollout, replace(gaussian, mean=mean), served[int(part[0]):][:real], here, clip_range)
+        gradient, = torch.autograd.grad(loss / len(pairs), mean)
+        if moved and not processes.sharded() and not bool(gradient.any()):  # the clip has silenced all of them
+            calls.spared(len(part))
+        else:
+            gaussian.mean.backward(gradient)
+        yield losses, ratios
 
 
-def _states(rollout: Rollout, rows: Tensor, steps: Tensor, device: torch.device) -> Tensor:
-    """[B, ...] on the device that computes, of the trajectories in main memory."""
-    return rollout.states[rows.to(rollout.states.device), steps.to(rollout.states.device)].to(device)
+def _objective(advantages: Advantages, rollout: Rollout, gaussian: Gaussian, served: list[list[Pair]], here: dict[int, int],
+               clip_range: float) -> tuple[Tensor, Tensor, Tensor]:
+    """The sum of the losses of the pairs that the rows of a call serve; and, detached, each loss and ratio."""
+    pairs, device = [(row, *pair) for row, pairs in enumerate(served) for pair in pairs], gaussian.mean.device
+    total, losses, ratios = gaussian.mean.sum() * 0.0, [], []  # a call of padding has a gradient too, of zeros
+    for part, real in micro_batches(len(pairs), rollout.micro_batch):  # in the rollout's shape: kernels round by it
+        of, samples, steps = torch.tensor([pairs[k] for k in part.tolist()]).T
+        rows, of = torch.tensor([here[n] for n in samples.tolist()]), of.to(device)
+        density = log_prob(rollout.states[rows, steps + 1].to(device), Gaussian(gaussian.mean[of], gaussian.std[of], gaussian.x0.detach()[of]))
+        loss, ratio = objectives.clipped(density, rollout.log_probs[rows.to(device), steps.to(device)], advantages.values[samples].to(device), clip_range)
+        total = total + loss[:real].sum()
+        losses.append(loss[:real].detach()), ratios.append(ratio[:real].detach())
+    none = gaussian.mean.new_zeros(0)
+    return total, torch.cat(losses) if losses else none, torch.cat(ratios) if ratios else none
