@@ -61,7 +61,7 @@ class LoopStart:
             "warmup": wires.integer(0, 0, 1_000_000, "Iterations over which the learning rate rises to its full value. AdamW's first steps are "
                                                      "the least certain ones, and as long as any."),
             "schedule": wires.choice(list(SCHEDULES), "Of the learning rate after its warm-up. inverse_sqrt lets it fall: the LoRA wanders less "
-                                                      "once it has learned the most."),
+                                                      "once it has learned the most. The last three fall to 0 over the iterations of this run."),
             "lora": wires.socket(wires.LORA, "Training starts from these weights; lora_rank grows to theirs where it is lower."),
             "optimizer": wires.choice(list(optimizers.OPTIMIZERS), "adamw; 8-bit AdamW (paged: its state moves to the CPU when memory runs out) needs "
                                       "bitsandbytes; adafactor keeps a fraction of the state; prodigy finds its step size, with learning_rate 1."),
@@ -70,6 +70,7 @@ class LoopStart:
             "checkpoints_kept": wires.integer(2, 0, 1_000_000, "The last checkpoints that are kept; 0 keeps all. Where one is damaged, the one before is used."),
             "on_out_of_memory": wires.choice(list(ON_OUT_OF_MEMORY), "When the GPU's memory does not suffice. stop: the run stops. halve: it is started again "
                                              "from its last whole iteration with half the micro-batch, as often as it takes, and says so."),
+            "schedule_cycles": wires.integer(2, 1, 1000, "Of cosine_with_restarts: how often the learning rate falls from its full value to 0."),
         }}
 
     @classmethod
@@ -157,12 +158,12 @@ class LoopRunner:
             raise RunError(str(error)) from error
 
     @staticmethod
-    def _settings(policy, prompts, learning_rate, weight_decay, ema_decay, lora_rank, lora_alpha, lora_targets, warmup=0,
-                  schedule="constant", lora=None, optimizer="adamw", **rest):
+    def _settings(policy, prompts, iterations, learning_rate, weight_decay, ema_decay, lora_rank, lora_alpha, lora_targets, warmup=0,
+                  schedule="constant", lora=None, optimizer="adamw", schedule_cycles=2, **rest):
         from comfy_dancegrpo.grpo.learner import OptimizerSettings
         from comfy_dancegrpo.lora import full
         from comfy_dancegrpo.runs.session import LoopSettings
 
         wanted = OptimizerSettings(learning_rate=learning_rate, weight_decay=weight_decay, ema_decay=ema_decay, warmup=warmup,
-                                      schedule=schedule, name=optimizer)
-        return policy, prompts, LoopSettings(lora=full.settings(lora_rank, lora_alpha, lora_targets), optimizer=wanted, start_from=lora, **rest)
+                                      schedule=schedule, name=optimizer, length=iterations, cycles=schedule_cycles)
+        return policy, prompts, LoopSettings(iterations=iterations, lora=full.settings(lora_rank, lora_alpha, lora_targets), optimizer=wanted, start_from=lora, **rest)

@@ -1,5 +1,7 @@
 """The choices of an algorithm on the embedded policies: whichever is taken, the replay is the rollout bit for bit, and something is learned from it."""
 
+import json
+
 import pytest
 import torch
 from comfy_dancegrpo import policies
@@ -72,3 +74,14 @@ def test_the_history_of_prompts_reaches_the_next_rollout_and_a_resumed_run(cli, 
     monkeypatch.setattr(estimators, "FEWEST", 1000)
     forgetful = lora("forgetful", "--iterations", 4)
     assert any(not torch.equal(value, forgetful[name]) for name, value in straight.items() if name.startswith("parameters."))
+
+
+def test_a_schedule_that_falls_over_the_run_is_told_of_where_the_run_becomes_longer(cli, loop_only, saved, tiny_loop, tmp_path):
+    loop_only["4"]["inputs"] |= {"schedule": "linear", "warmup": 0, "learning_rate": 1e-3}
+    words = ["run", saved(loop_only), "--output", tmp_path, *tiny_loop]
+    first, again = cli(*words), cli(*words, "--iterations", 4, "--set", "Loop Start.on_existing=resume")
+    assert (first.status, again.status) == (0, 0)
+    line = "the learning rate falls ('linear') over 4 iterations instead of 2"
+    assert [line in told for told in first.err].count(True) == 0 and [line in told for told in again.err].count(True) == 1
+    rows = [json.loads(row) for row in (tmp_path / "quickstart" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["learning_rate"] for row in rows] == pytest.approx([1e-3, 5e-4, 5e-4, 2.5e-4])

@@ -10,12 +10,14 @@ import math
 import numpy as np
 import pytest
 import torch
+from diffusers.optimization import get_scheduler
 
 from comfy_dancegrpo.grpo.advantages import combine
 from comfy_dancegrpo.grpo.groups import PER_PROMPT
 from comfy_dancegrpo.grpo.learner import Learner, OptimizerSettings
 from comfy_dancegrpo.grpo.protocol import Column, Conditioning, SamplingPlan, Scores, Size, TimeGrid
 from comfy_dancegrpo.grpo.rollout import Request, sample
+from comfy_dancegrpo.grpo.schedules import FALLING, share
 from comfy_dancegrpo.grpo.update import NotFinite, StaleRollout, UpdateSettings, chosen_transitions, input_of, shares, update
 
 LATENT, WORDS, HIDDEN, STEPS, PROMPTS, GROUP = 6, 9, 16, 5, 3, 4
@@ -461,6 +463,23 @@ def test_the_learning_rate_falls_with_the_square_root():
     learner = Recorder(Perceptron(), learning_rate=0.01, warmup=3, schedule="inverse_sqrt")
     rates = [update(learner, advantages_of(rollout_of(learner, iteration)), ALL).learning_rate for iteration in range(8)]
     np.testing.assert_allclose(rates, [0.01 * min(n / 3, (3 / n) ** 0.5) for n in range(1, 9)])
+
+
+@pytest.mark.parametrize("warmup, length", [(0, 1), (0, 12), (1, 12), (4, 12), (11, 12), (12, 12), (20, 12)])
+@pytest.mark.parametrize("schedule", [*FALLING, "constant"])
+def test_the_falling_schedules_are_those_of_diffusers(schedule, warmup, length):
+    """Its step 0, which has a learning rate of 0 where there is a warm-up, is none of ours; nor is its last, which always has."""
+    scheduler = get_scheduler({"constant": "constant_with_warmup"}.get(schedule, schedule), torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0),
+                              num_warmup_steps=max(1, warmup), num_training_steps=length + 1, num_cycles=3)
+    theirs = [scheduler.lr_lambdas[0](iteration) for iteration in range(1, length + 1)]
+    np.testing.assert_allclose([share(schedule, iteration, warmup, length, 3) for iteration in range(1, length + 1)], theirs, rtol=0, atol=1e-12)
+    assert min(theirs) > 0 and max(theirs) <= 1
+
+
+def test_the_learning_rate_falls_over_the_length_of_the_run():
+    learner = Recorder(Perceptron(), learning_rate=0.01, warmup=2, schedule="linear", length=5)
+    rates = [update(learner, advantages_of(rollout_of(learner, iteration)), ALL).learning_rate for iteration in range(5)]
+    np.testing.assert_allclose(rates, [0.005, 0.01, 0.0075, 0.005, 0.0025])
 
 
 def test_under_inference_mode_as_hosts_run_their_nodes():

@@ -22,7 +22,7 @@ _SLOT, _REST = "optimizer.", "optimizer"  # names in a state: of what is kept fo
 class OptimizerSettings:
     """name: of the optimizer, one of `optimizers.OPTIMIZERS`. ema_decay: of the parameters' moving average, once an optimizer step; 0 turns it off.
     warmup: iterations over which the learning rate rises linearly to its full value; 0 begins with that. schedule: what it does then,
-    one of `schedules.SCHEDULES`."""
+    one of `schedules.SCHEDULES`; length: of the run, in iterations, and cycles: for those that fall over it."""
 
     learning_rate: float = 3e-4
     weight_decay: float = 1e-4
@@ -31,6 +31,8 @@ class OptimizerSettings:
     warmup: int = 0
     schedule: str = "constant"
     name: str = "adamw"
+    length: int = 0
+    cycles: int = 1
 
 
 class Learner:
@@ -52,8 +54,9 @@ class Learner:
 
     @property
     def learning_rate(self) -> float:
-        """Of the iteration that is being trained: a function of its number alone, so that a run may be resumed, and made longer."""
-        return self.settings.learning_rate * share(self.settings.schedule, self.version[1] + 1, self.settings.warmup)
+        """Of the iteration that is being trained: a function of its number (and of some schedules the run's length) alone, so that a run may be resumed."""
+        s = self.settings
+        return s.learning_rate * share(s.schedule, self.version[1] + 1, s.warmup, s.length, s.cycles)
 
     def clip_grad_norm(self, limit: float) -> float:
         """Scales the gradient to at most `limit` in norm; returns the norm before."""

@@ -16,6 +16,7 @@ from ..errors import OutOfMemory, RunError
 from ..grpo.learner import Learner, OptimizerSettings
 from ..grpo.noise import generator
 from ..grpo.protocol import Conditioning, Size
+from ..grpo.schedules import FALLING
 from ..grpo.update import UpdateStats
 from ..lora import files
 from ..lora.adapter import LoraSettings, LoraSnapshot
@@ -130,6 +131,7 @@ class Session:
                 self._load(learner)
             if self.action != "reopen":
                 processes.on_first(lambda: environment.note(self.folder, self._done))
+                processes.on_first(self._note_length)
             self.live = LivePolicy(self.policy, learner, settings, self.prompts.prompts, self.watch)
             self._trackers = None if self.action == "reopen" else Trackers(self.folder, self._done, len(self.watch.rows))
             processes.on_first(lambda: live.forget_stop(self.folder))
@@ -195,6 +197,16 @@ class Session:
         if [row["iteration"] for row in rows] != list(range(1, done + 1)):
             host().say(f"{self.folder.metrics} lacks rows: it has {len(rows)} of {done} iterations")
         return found and found[:2], self.watch.rows, rows[0]["reward_mean"] if rows else None
+
+    def _note_length(self) -> None:
+        """Says where the learning rate falls otherwise than it began to, because the run has become longer or shorter."""
+        wanted = self.settings.optimizer
+        if wanted.schedule in FALLING:
+            before = self.folder.record.get("schedule_length", wanted.length)
+            if before != wanted.length:
+                host().say(f"the learning rate falls ({wanted.schedule!r}) over {wanted.length} iterations instead of {before}: from here on the run is not "
+                           "what it would have been with either number from its beginning")
+            self.folder.write_record(schedule_length=wanted.length)
 
     @property
     def finished(self) -> bool:
