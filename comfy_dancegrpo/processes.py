@@ -29,6 +29,7 @@ _PATIENCE = datetime.timedelta(hours=12)  # for what the others do: a rollout ma
 _MEETING = datetime.timedelta(minutes=15)  # until all that were announced are there
 _MPI_SIZES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 _RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
+LAUNCHER = "DANCEGRPO_LAUNCHER"  # in the environment of a process that is to end with the one that started it: the latter's process id
 _BUCKET = 2**25  # numbers in one reduction: few calls, and no second copy of a whole model
 
 

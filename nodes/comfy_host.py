@@ -6,7 +6,9 @@ import contextlib
 import itertools
 import json
 import logging
+import os
 import weakref
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,7 @@ from comfy_execution.progress import get_progress_state
 from comfy_execution.utils import get_executing_context
 from server import PromptServer
 
-from . import routes
+from . import HOST_CLASS_MAPPINGS, NODE_CLASS_MAPPINGS, routes
 
 
 class ComfyHost(host.Host):
@@ -99,13 +101,29 @@ class ComfyHost(host.Host):
         comfy.model_management.load_models_gpu([self._patchers[model]], force_full_load=True)
 
     def unload(self, model: Any) -> None:
-        """ComfyUI moves what lies idle off its GPU when memory is short."""
+        """ComfyUI moves what lies idle off its GPU when memory is short, or room is to be made."""
         if self._beside(model):
             model.leave()
 
     def _beside(self, model: Any) -> bool:
         """Whether it computes where ComfyUI does not, and so takes none of the memory that ComfyUI keeps account of."""
         return isinstance(model, Reward) and model.is_beside(self.device())
+
+    def make_room(self) -> None:
+        comfy.model_management.unload_all_models()
+        comfy.model_management.soft_empty_cache()
+
+    def trainer(self, classes: Collection[type]) -> list[str]:
+        temp = Path(folder_paths.get_temp_directory())
+        temp.mkdir(parents=True, exist_ok=True)
+        known = {kind: "\n".join(map(os.path.abspath, folders)) for kind, (folders, _) in folder_paths.folder_names_and_paths.items()}
+        (temp / "dancegrpo_model_paths.yaml").write_text(json.dumps({"comfyui": known}), encoding="utf-8")  # YAML takes JSON
+        words = ["--output", self.output_folder, "--input", self.input_folder, "--models", self.models_folder, "--previews", temp,
+                 "--extra-model-paths", temp / "dancegrpo_model_paths.yaml"]
+        ours = {*NODE_CLASS_MAPPINGS.values(), *(self.registry.get(name) for name in HOST_CLASS_MAPPINGS)}  # the latter have stand-ins there
+        if not ours.issuperset(classes):
+            words += ["--comfyui", folder_paths.base_path]
+        return list(map(str, words))
 
     def around(self, node_class: type) -> contextlib.AbstractContextManager:
         ours = node_class.__module__.startswith("comfy_dancegrpo.")

@@ -71,6 +71,8 @@ class LoopStart:
             "on_out_of_memory": wires.choice(list(ON_OUT_OF_MEMORY), "When the GPU's memory does not suffice. stop: the run stops. halve: it is started again "
                                              "from its last whole iteration with half the micro-batch, as often as it takes, and says so."),
             "schedule_cycles": wires.integer(2, 1, 1000, "Of cosine_with_restarts: how often the learning rate falls from its full value to 0."),
+            "processes": wires.integer(1, 1, 4096, "How many train together, each on a GPU of its own. More than 1, here in the editor, start the headless "
+                                                   "trainer, while this page shows it as ever. Headless it counts like --processes, and 1 takes every GPU."),
         }}
 
     @classmethod
@@ -130,6 +132,7 @@ class LoopRunner:
                 "hidden": {"prompt": "PROMPT", "extra_pnginfo": "EXTRA_PNGINFO"}}
 
     def run(self, body, prompt=(None,), extra_pnginfo=(None,), **outside):
+        from comfy_dancegrpo.runs import child
         from comfy_dancegrpo.runs.session import Session
 
         host().workflow_started(prompt[0], extra_pnginfo[0])
@@ -144,22 +147,39 @@ class LoopRunner:
         if settings.start_from is not None:  # and so may a LoRA's
             told += (settings.start_from.digest(),)
         fingerprint = hashlib.sha256(repr(told).encode()).hexdigest()
+        count = runner.start_inputs().get("processes", 1)
+        words = host().trainer(runner.classes()) if count > 1 else None
         try:
             # ComfyUI runs nodes under inference mode; in the body only those that are not ours return to it (host.around)
             with processes.outside_inference_mode():
+                if words is not None:
+                    self._make_room(outside)
+                    folder = child.train(body, count, words, extra_pnginfo[0])
+                    return self._results(folder, *child.outcome(policy, prompts, settings, folder, rule))
                 while True:
                     with Session(policy, prompts, settings, fingerprint, body.end_id, rule) as session:
                         session.live.scoring.link(rewards.linked(runner))
                         while not session.ended:
                             session.end(runner.step(session.begin())["update"])
-                        return {"ui": {"dancegrpo_run": [session.folder.name]}, "result": (session.snapshot(), session.record())}
+                        return self._results(session.folder, session.snapshot(), session.record())
                     settings = session.again()
         except ValueError as error:
             raise RunError(str(error)) from error
 
     @staticmethod
+    def _make_room(outside):
+        """What this process has loaded leaves the device to those that will train."""
+        for model in (value for values in outside.values() for value in values if hasattr(value, "leave")):
+            host().unload(model)
+        host().make_room()
+
+    @staticmethod
+    def _results(folder, snapshot, record):
+        return {"ui": {"dancegrpo_run": [folder.name]}, "result": (snapshot, record)}
+
+    @staticmethod
     def _settings(policy, prompts, iterations, learning_rate, weight_decay, ema_decay, lora_rank, lora_alpha, lora_targets, warmup=0,
-                  schedule="constant", lora=None, optimizer="adamw", schedule_cycles=2, **rest):
+                  schedule="constant", lora=None, optimizer="adamw", schedule_cycles=2, processes=1, **rest):
         from comfy_dancegrpo.grpo.learner import OptimizerSettings
         from comfy_dancegrpo.lora import full
         from comfy_dancegrpo.runs.session import LoopSettings

@@ -17,7 +17,7 @@ RECORDED = {
     "DanceGRPOPromptSet": ("text file limit", "image", "DANCEGRPO_PROMPTS"),
     "DanceGRPOLoopStart": (
         "policy prompts run_name iterations prompts_per_iteration seed learning_rate weight_decay lora_rank lora_alpha lora_targets "
-        "ema_decay micro_batch checkpoint_every on_existing", "warmup schedule lora optimizer gradient_checkpointing checkpoints_kept on_out_of_memory schedule_cycles", "DANCEGRPO_LIVE_POLICY DANCEGRPO_PROMPTS INT"),
+        "ema_decay micro_batch checkpoint_every on_existing", "warmup schedule lora optimizer gradient_checkpointing checkpoints_kept on_out_of_memory schedule_cycles processes", "DANCEGRPO_LIVE_POLICY DANCEGRPO_PROMPTS INT"),
     "DanceGRPOGroupSample": (
         "policy prompts group_size steps transition eta shift guidance_scale width height initial_noise", "frames noise_steps window_size window_interval noise_share", "DANCEGRPO_ROLLOUT IMAGE"),
     "DanceGRPOLoadReward": ("reward model batch_size", "base frames frame_score device fps offload", "DANCEGRPO_REWARD"),

@@ -115,8 +115,8 @@ def test_a_chinese_page_uses_the_labels_that_the_editor_shows(name):
 
 @functools.cache
 def texts_of_the_program() -> list[str]:
-    """Every piece of text in the library and the nodes; of an f-string, the pieces between its values."""
-    files = [*(ROOT / "comfy_dancegrpo").rglob("*.py"), *(ROOT / "nodes").rglob("*.py")]
+    """Every piece of text in the library, the nodes and the trainer; of an f-string, the pieces between its values."""
+    files = [file for folder in ("comfy_dancegrpo", "nodes", "trainer") for file in (ROOT / folder).rglob("*.py")]
     trees = [ast.parse(file.read_text(encoding="utf-8")) for file in files]
     return [n.value for tree in trees for n in ast.walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value, str)]
 

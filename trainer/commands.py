@@ -56,11 +56,15 @@ def run(workflow: Workflow, output: OutputOrAddress = "output", models: Models =
         resume: Annotated[bool, typer.Option("--resume", help="Goes on with the run of that name, as Loop Start's on_existing=resume does.")] = False,
         hang_timeout: Annotated[float, typer.Option(min=1.0, metavar="SECONDS", help="Ends processes none of which has moved for so long.")] = 3600.0,
         spool: Annotated[Optional[Path], typer.Option(metavar="FOLDER", help="Where runs of an address are trained: a folder of your cache.", show_default=False)] = None,
+        tell: Annotated[Optional[Path], typer.Option(hidden=True, help="Tells the one that started it, which wrote this file, in JSON.")] = None,
+        previews: Annotated[Optional[Path], typer.Option(hidden=True, help="Where that one's page finds previews.")] = None,
         debug: Debug = False) -> None:
     """Runs a workflow: checks it whole, then trains, on every visible GPU."""
     from . import launch
-    from .session import Options, prepare, resume_command
+    from .console import ConsoleHost
+    from .session import Options, asked_by, prepare, resume_command
     from .storing import placed, stored
+    from .telling import TellingHost
 
     launch.end_with_the_launcher()
     folder, address = placed(output, spool)
@@ -80,17 +84,22 @@ def run(workflow: Workflow, output: OutputOrAddress = "output", models: Models =
         from comfy_dancegrpo.workflow.execute import execute
         from comfy_dancegrpo.workflow.host import use
 
-        count = launch.asked(processes, config)
+        count, what = launch.asked(processes, config), "--processes"
         launch.check_started(count)
-        host = prepare(workflow, options)
+        host = prepare(workflow, options, TellingHost if tell is not None else ConsoleHost)
+        if tell is not None:
+            host.stand_behind(tell, previews)
         if config is not None and launch.started() is None:
             raise typer.Exit(launch.accelerate(config, sys.argv[1:]))
-        if (count := launch.wanted(count)) > 1:
-            raise typer.Exit(launch.launch(count, sys.argv[1:], hang_timeout, how_to_resume))
+        if count is None:
+            count, what = asked_by(host.prompt, host.registry), 'Loop Start\'s "processes"'
+            together.on_first(lambda: launch.check_started(count, what))
+        if (number := launch.wanted(count, what)) > 1:
+            raise typer.Exit(launch.launch(number, sys.argv[1:], hang_timeout, how_to_resume))
         with use(host), host.running(), stored(host):
             execute(host.prompt, host.registry, extra_pnginfo=host.extra_pnginfo)
             together.end()
-        if host.shows:
+        if host.shows and tell is None:
             for written in ([host.run_folder] if host.run_folder else []) + list(host.files):
                 print(written)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,12 @@ class ProgramHost(Host):
 
     def model_folders(self, kind: str) -> list[Path]:
         return self.paths.folders(kind)
+
+    def show_previews_in(self, folder: Path) -> None:
+        """Where a page fetches previews from; nodes that ComfyUI lent write theirs there too."""
+        self.preview_folder = folder
+        if "folder_paths" in sys.modules:
+            sys.modules["folder_paths"].set_temp_directory(str(folder))
 
     def around(self, node_class: type) -> contextlib.AbstractContextManager:
         if node_class not in self._lent:

@@ -18,9 +18,8 @@ from pathlib import Path
 
 from comfy_dancegrpo import pulse
 from comfy_dancegrpo.errors import DanceGRPOError, Interrupted, WorkflowError
-from comfy_dancegrpo.processes import AGAIN, started
+from comfy_dancegrpo.processes import AGAIN, LAUNCHER, started
 
-LAUNCHER = "DANCEGRPO_LAUNCHER"  # in a process that was started here: the process id of the one that started it
 _OTHERS = ("TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION")  # by which torchrun and accelerate launch are known
 _KILL = getattr(signal, "SIGKILL", signal.SIGTERM)  # Windows has the latter alone
 _STOPPED = (Interrupted.exit_status, 128 + signal.SIGTERM)
@@ -48,13 +47,13 @@ def check_started(number: int | None, what: str = "--processes") -> None:
                             "or --processes 1 to train in one")
 
 
-def wanted(number: int | None) -> int:
+def wanted(number: int | None, what: str = "--processes") -> int:
     """How many processes to start here: 1 means that this one trains, as it does under another launcher. Raises `WorkflowError` for too many."""
     if started() is not None:
         return 1
     visible = _accelerators() if number != 1 else 1
     if number is not None and visible and number > visible:
-        raise WorkflowError(f"--processes: found {number}, accepted: up to {visible}, the GPUs that are visible")
+        raise WorkflowError(f"{what}: found {number}, accepted: up to {visible}, the GPUs that are visible")
     return number or max(1, visible)
 
 

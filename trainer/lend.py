@@ -10,6 +10,7 @@ from types import ModuleType
 from typing import Any
 
 from comfy_dancegrpo.errors import WorkflowError
+from comfy_dancegrpo.workflow import host
 
 from .paths import ModelPaths
 
@@ -22,11 +23,14 @@ def lend(root: Path, output: Path, input: Path, paths: ModelPaths) -> tuple[dict
     if not (root / "nodes.py").is_file() or not (root / "comfy").is_dir():
         raise WorkflowError(f"--comfyui: {root}: not a ComfyUI folder (no nodes.py and comfy/ in it)")
     sys.path.insert(0, str(root.resolve()))
+    active = list(host._active)
     try:
         return _import(output, input, paths)
     except (Exception, SystemExit) as error:  # whatever its packages raise where they do not fit together
         raise WorkflowError(f"--comfyui: {root}: cannot be imported here ({' '.join(str(error).split())}); its requirements are in "
                             f"{root / 'requirements.txt'}") from error
+    finally:
+        host._active[:] = active  # this pack may be in its custom_nodes, and would be the host of a ComfyUI that runs
 
 
 def _import(output: Path, input: Path, paths: ModelPaths) -> tuple[dict[str, type], dict[str, str]]:
@@ -58,3 +62,6 @@ def _share_folders(folder_paths: ModuleType, output: Path, input: Path, paths: M
         if kind != "custom_nodes":
             for folder in reversed(paths.folders(kind)):
                 folder_paths.add_model_folder_path(kind, str(folder.resolve()), is_default=True)
+    for folder in paths.folders("custom_nodes"):  # that a file of paths names; ComfyUI takes for granted that they are there
+        if folder != paths.models / "custom_nodes" and folder.is_dir():
+            folder_paths.add_model_folder_path("custom_nodes", str(folder.resolve()))

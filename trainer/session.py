@@ -44,6 +44,11 @@ class Options:
     storage: str | None = None
     spool: Path | None = None
 
+    def words(self, *names: str) -> list[str]:
+        """What was said of these options, as it is said again."""
+        given = {name: value if isinstance(value, list) else [value] for name in names if (value := getattr(self, name)) is not None}
+        return [word for name, values in given.items() for value in values for word in ("--" + name.replace("_", "-"), str(value))]
+
 
 @dataclass(frozen=True)
 class Nodes:
@@ -99,13 +104,13 @@ def _collect(options: Options, input: Path, paths: ModelPaths) -> Nodes:
     return Nodes(registry, {**names, **ours.NODE_DISPLAY_NAME_MAPPINGS}, lent)
 
 
-def prepare(workflow: Path, options: Options) -> ConsoleHost:
+def prepare(workflow: Path, options: Options, kind: type[ConsoleHost] = ConsoleHost) -> ConsoleHost:
     """A host that holds the workflow, read, overridden and checked whole. Raises WorkflowError with every problem found."""
     from comfy_dancegrpo.workflow.convert import to_prompt
     from comfy_dancegrpo.workflow.overrides import apply_overrides
     from comfy_dancegrpo.workflow.read import read_workflow
 
-    host, nodes = make_host(options)
+    host, nodes = make_host(options, kind)
 
     def read() -> tuple[bytes, dict, dict | None]:
         saved = read_workflow(workflow)
@@ -147,15 +152,17 @@ def loop_starts(prompt: dict[str, Any], registry: dict[str, type]) -> list[str]:
     return [n for n, node_class in classes.items() if getattr(node_class, "LOOP_START", False)]
 
 
+def asked_by(prompt: dict[str, Any], registry: dict[str, type]) -> int | None:
+    """How many processes the workflow's Loop Starts ask for; None where they leave it open."""
+    asked = [prompt[start]["inputs"].get("processes", 1) for start in loop_starts(prompt, registry)]
+    return max((count for count in asked if isinstance(count, int) and count > 1), default=None)
+
+
 def resume_command(host: ConsoleHost, workflow: Path, options: Options) -> str:
     """The command that goes on with the host's run: the options as given, the run's name, and --resume where Loop Start is not told that."""
     words = ["dancegrpo", "run", str(workflow), "--output", options.storage or str(options.output), "--run", host.run_folder.name]
-    for option in ("spool", "input", "models", "extra_model_paths", "comfyui", "iterations", "seed", "processes", "config"):
-        value = getattr(options, option)
-        if value is not None:
-            words += ["--" + option.replace("_", "-"), str(value)]
-    for option, values in (("--allow-host", options.allow_host), ("--set", options.overrides), ("--track", options.track)):
-        words += [word for value in values for word in (option, value)]
+    words += options.words("spool", "input", "models", "extra_model_paths", "comfyui", "iterations", "seed", "processes", "config", "allow_host")
+    words += [word for value in options.overrides for word in ("--set", value)] + options.words("track")
     told = [host.prompt[start]["inputs"].get("on_existing", "resume") for start in loop_starts(host.prompt, host.registry)]
     if options.resume or any(value != "resume" for value in told):
         words.append("--resume")

@@ -75,6 +75,10 @@ class Policy(abc.ABC):
                 if (device.type == "cpu" or module not in self.encoders) and any(p.device != device for p in module.parameters()):
                     module.to(device)
 
+    def leave(self) -> None:
+        """Moves the weights to main memory, until the next `to`."""
+        self.to(torch.device("cpu"))
+
     @property
     def encoders(self) -> list[torch.nn.Module]:
         """What encodes prompts and nothing else: it is on an accelerator only while it does."""

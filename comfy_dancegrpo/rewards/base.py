@@ -122,6 +122,10 @@ class Deferred:
                     self._made = self._make()
             return self._made
 
+    @property
+    def made(self) -> bool:
+        return self._made is not None
+
 
 @dataclass(frozen=True)
 class Reward:
@@ -173,8 +177,9 @@ class Reward:
         return own.type != device.type or None not in (own.index, device.index) and own.index != device.index
 
     def leave(self) -> None:
-        """Moves the weights to main memory, until the next `to`."""
-        self.move("cpu")
+        """Moves the weights to main memory, until the next `to`; those that are not loaded yet are nowhere."""
+        if not isinstance(self.function, Deferred) or self.function.made:
+            self.move("cpu")
 
     def __call__(self, pictures: Tensor | Sequence[Tensor], prompts: Sequence[str]) -> Tensor:
         """[N] float32, of N pictures [H, W, 3] or videos [F, H, W, 3] in 0..1.

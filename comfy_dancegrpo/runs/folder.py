@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 ON_EXISTING = ("new", "resume", "restart")
 ON_OUT_OF_MEMORY = ("stop", "halve")
 MAY_CHANGE = ("run_name", "iterations", "checkpoint_every", "on_existing", "micro_batch", "gradient_checkpointing", "checkpoints_kept",
-              "on_out_of_memory", "max_skipped_steps")  # without it being another run
+              "on_out_of_memory", "max_skipped_steps", "processes")  # without it being another run
 WRITTEN = ("workflow.json", "prompt.json", "run.json", "metrics.jsonl", "watch.jsonl", "summary.json", "images", "videos", "checkpoints", "lora", "live",
            "environment.json", "report.html", "pictures", "trackers.json", "tensorboard", "wandb")
 DEVICES = re.compile(r"(con|prn|aux|nul|(com|lpt)[0-9\u00b9\u00b2\u00b3]) *(\.|$)", re.IGNORECASE)  # Windows writes to these, whatever the suffix

@@ -9,7 +9,7 @@ import contextlib
 import contextvars
 import queue
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path, PureWindowsPath
 from typing import TYPE_CHECKING, Any
 
@@ -85,8 +85,21 @@ class Host:
         model.to(processes.device())
 
     def unload(self, model: Any) -> None:
-        """A reward is to leave the device until it is loaded again. It has `leave()`."""
+        """A policy or a reward is to leave the device until it is loaded again. It has `leave()`."""
         model.leave()
+
+    def make_room(self) -> None:
+        """Other processes are to have the device for a while; what was loaded has been unloaded."""
+        from .. import processes
+
+        processes.empty_cache()
+
+    def trainer(self, classes: Collection[type]) -> list[str] | None:
+        """On a host with pages: the words of `dancegrpo run` by which another process finds the same folders, and nodes of these classes.
+
+        None: this process itself is one that was started to train.
+        """
+        return None
 
     def lora_saved(self, path: Path) -> None:
         """A run's LoRA is on disk; a host that loads LoRAs makes it known there."""

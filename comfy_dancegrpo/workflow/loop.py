@@ -214,6 +214,11 @@ class BodyRunner:
         """
         return self._known(self.body.start_id, self.body.nodes[self.body.start_id]["inputs"])
 
+    def classes(self) -> set[type]:
+        """Of all nodes of the prompt that the loop needs."""
+        prompt, inside = self._executor.original, [*self.body.nodes, self.body.end_id]
+        return {self._executor.spec(prompt, node_id).cls for node_id in {*inside, *ancestors(prompt, inside)}}
+
     def watches(self, names: Collection[str]) -> list[dict[str, Any]]:
         """Of each node that may stop the loop (`LOOP_WATCH`), the inputs of these names. Raises RunError where one comes from inside the loop."""
         found = []

@@ -20,6 +20,8 @@ def complete_torchvision() -> torch.library.Library:
 if __name__ == "__main__":
     root, *words = sys.argv[1:]
     library = complete_torchvision()
+    started = os.path.join(os.path.dirname(os.path.abspath(__file__)), "started")
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (started, os.environ.get("PYTHONPATH"))))
     os.chdir(root)
     sys.path.insert(0, root)
     sys.argv = ["main.py", *words]

@@ -9,6 +9,7 @@ import pytest
 from safetensors.torch import load_file
 
 from comfy_dancegrpo import nodes
+from comfy_dancegrpo.runs import checkpoints
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
@@ -160,6 +161,21 @@ def test_stop_after_this_iteration_by_the_panels_button(comfyui, named):
     assert seen["state"] == "stopped" and seen["evaluations"]["clip_score"]["n"] == 4
     picture = seen["group"]["samples"][0]["file"]
     assert comfyui.get(f"/dancegrpo/runs/{name_of(named)}/live/{picture}")[:2] == b"\xff\xd8"
+
+
+def test_two_processes_train_behind_the_page(comfyui, named):
+    named["4"]["inputs"]["processes"] = 2
+    messages = comfyui.run(named)
+    assert ended(messages) == "execution_success"
+    moved, folder = of(messages, "dancegrpo.run"), comfyui.output / name_of(named)
+    assert [(m["iteration"], m["state"]) for m in moved] == [(0, "running"), (1, "running"), (2, "running"), (2, "finished")]
+    assert all(m["run"] == folder.name and m["node"] == "10" and m["prompt_id"] for m in moved)
+    previews = [image for m in of(messages, "executed") for image in (m["output"] or {}).get("images", ()) if image["type"] == "temp"]
+    assert comfyui.get(f"/view?filename={previews[-1]['filename']}&type=temp")[:4] == b"\x89PNG"
+    assert checkpoints.newest(folder / "checkpoints").processes == 2
+    seen = comfyui.get(f"/dancegrpo/runs/{folder.name}")
+    assert seen["state"] == "finished" and seen["evaluations"]["clip_score"]["n"] == 4
+    assert any(tensor.any() for tensor in load_file(folder / f"lora/{folder.name}.safetensors").values())
 
 
 # -- nodes of other packs in the body -----------------------------------------------------------------------------------

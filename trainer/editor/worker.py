@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -36,9 +36,8 @@ def main(options: Options, previews: Path, connection: Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the editor decides what becomes of the job
     host, _ = make_host(options, WorkerHost)
     loaders = Loaders(host.registry)
-    host.registry, host.preview_folder = loaders.registry, previews
-    if "folder_paths" in sys.modules:  # lent by ComfyUI
-        sys.modules["folder_paths"].set_temp_directory(str(previews))
+    host.registry, host.options = loaders.registry, options
+    host.show_previews_in(previews)
     lock = threading.Lock()  # nodes may call from threads of their own
 
     def tell(event: str, data: dict[str, Any]) -> None:
@@ -105,6 +104,7 @@ class WorkerHost(ProgramHost):
     """Tells the editor; `begin` makes it ready for a job."""
 
     tell: Callable[[str, dict[str, Any]], None]
+    options: Options
 
     def __init__(self, *options: Any):
         super().__init__(*options)
@@ -142,6 +142,9 @@ class WorkerHost(ProgramHost):
     def check_interrupt(self) -> None:
         if self._interrupted.is_set():
             raise Interrupted("stopped")
+
+    def trainer(self, classes: Collection[type]) -> list[str]:
+        return [*self.options.words("output", "input", "models", "extra_model_paths", "comfyui", "allow_host"), "--previews", str(self.preview_folder)]
 
     # -- told by the engine -----------------------------------------------------------------------------------------
     def node_started(self, node_id: str, class_type: str, title: str) -> None:
