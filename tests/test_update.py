@@ -12,6 +12,7 @@ import pytest
 import torch
 from diffusers.optimization import get_scheduler
 
+from comfy_dancegrpo.grpo import objectives
 from comfy_dancegrpo.grpo.advantages import combine
 from comfy_dancegrpo.grpo.groups import PER_PROMPT
 from comfy_dancegrpo.grpo.learner import Learner, OptimizerSettings
@@ -396,6 +397,21 @@ def test_what_the_clip_has_silenced_costs_no_backward_pass():
     inputs = {input_of(advantages.scores.rollout, pair) for pair in pairs}
     assert 0 < len(alive) < len(inputs) and spared.calls.forward == len(inputs) - len(alive)
     assert whole.calls.forward == 0 and relative_error(learner.gradients[1], same.gradients[1]) < 1e-9
+
+
+def test_a_step_that_is_silenced_whole_goes_on_by_momentum():
+    """As it would with a backward pass: its gradient is zero, not missing."""
+    learner, advantages = case(drift=0.0, micro_batch=1, learning_rate=0.3)
+    clipped = objectives.clipped
+
+    def silent(*given):
+        loss, ratio = clipped(*given)
+        return loss * (not learner.gradients), ratio
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(objectives, "clipped", silent)
+        stats = update(learner, advantages, dataclasses.replace(ALL, optimizer_steps=2))
+    assert stats.calls.forward > 0 and not learner.gradients[1].any() and (learner.after[1] != learner.before[1]).all()
 
 
 @pytest.mark.parametrize("ema_decay", [0.0, 0.9])

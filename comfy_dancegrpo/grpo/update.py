@@ -173,9 +173,12 @@ def _sum_gradients(learner: Learner) -> None:
     A parameter that no process has a gradient of (the expert whose noise levels no pair has) keeps none: the optimizer leaves it alone, as with one process.
     """
     parameters = [p for p in learner.parameters.values() if not sharding.is_part(p)]
-    if processes.count() > 1 and parameters:
-        having = torch.tensor([p.grad is not None for p in parameters], dtype=torch.int32)
-        processes.sum_over_all([having])
+    having = torch.tensor([p.grad is not None for p in parameters], dtype=torch.int32)
+    processes.sum_over_all([having])
+    if not having.any():  # the clip has silenced all of the step: its gradient is zero, and momentum goes on
+        for p in parameters:
+            p.grad = torch.zeros_like(p)
+    elif processes.count() > 1:
         parameters = [p for p, anywhere in zip(parameters, having.tolist()) if anywhere]
         for p in parameters:
             if p.grad is None:
