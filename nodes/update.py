@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from comfy_dancegrpo.errors import RunError
+from comfy_dancegrpo.grpo.objectives import OBJECTIVES
 from comfy_dancegrpo.workflow.host import host
 
 from . import wires
@@ -28,18 +29,24 @@ class Update:
         }, "optional": {
             "max_skipped_steps": wires.integer(3, 0, 1_000_000, "How many optimizer steps in a row may be skipped because their loss or gradient is NaN "
                                                "or infinite; one more stops the run."),
+            "objective": wires.choice(list(OBJECTIVES), "clipped: of the plain ratio. grpo_guard: of a ratio normalised to mean the same at every step "
+                                      "(flows). reinforce: nothing is clipped."),
+            "clip_range_high": wires.number(0.0, 0.0, 10.0, "How far the ratio may rise, where that is more than it may fall; 0: as far as clip_range.", 1e-5),
+            "kl_weight": wires.number(0.0, 0.0, 1e6, "Of KL to the policy as it was before training, added to the objective: it holds back from cheating the "
+                                      "reward, and costs one more denoiser call.", 0.01),
         }}
 
-    def update(self, policy, advantages, clip_range, train_fraction, optimizer_steps, max_grad_norm, max_skipped_steps=3):
+    def update(self, policy, advantages, clip_range, train_fraction, optimizer_steps, max_grad_norm, max_skipped_steps=3,
+               objective="clipped", clip_range_high=0.0, kl_weight=0.0):
         from comfy_dancegrpo.grpo import update as grpo
 
         def tick(done: int, total: int) -> None:
             host().check_interrupt()
             host().progress(done, total)
 
-        settings = grpo.UpdateSettings(clip_range, train_fraction, optimizer_steps, max_grad_norm, max_skipped_steps)
+        settings = grpo.UpdateSettings(clip_range, train_fraction, optimizer_steps, max_grad_norm, max_skipped_steps, objective, clip_range_high, kl_weight)
         host().load(policy.policy)
         try:
             return (grpo.update(policy.learner, advantages, settings, tick),)
-        except (grpo.StaleRollout, grpo.NotFinite) as error:
+        except (ValueError, grpo.NotFinite) as error:
             raise RunError(str(error)) from error

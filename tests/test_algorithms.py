@@ -1,5 +1,7 @@
 """The choices of an algorithm on the embedded policies: whichever is taken, the replay is the rollout bit for bit, and something is learned from it."""
 
+import dataclasses
+import functools
 import json
 
 import pytest
@@ -10,11 +12,12 @@ from comfy_dancegrpo.grpo.advantages import combine
 from comfy_dancegrpo.grpo.groups import PER_PROMPT
 from comfy_dancegrpo.grpo.learner import Learner, OptimizerSettings
 from comfy_dancegrpo.grpo.noise import generator
+from comfy_dancegrpo.grpo.objectives import OBJECTIVES
 from comfy_dancegrpo.grpo.protocol import Column, SamplingPlan, Scores, Size
 from comfy_dancegrpo.grpo.rollout import Request, sample
 from comfy_dancegrpo.grpo.transitions import TRANSITIONS
 from comfy_dancegrpo.grpo.update import UpdateSettings, update
-from comfy_dancegrpo.lora.adapter import Adapter, LoraSettings
+from comfy_dancegrpo.lora.adapter import Adapter, LoraSettings, bare
 from comfy_dancegrpo.runs.prompt_cache import encode
 from safetensors.torch import load_file
 
@@ -50,6 +53,27 @@ def test_replay_gives_the_ratio_one_exactly(trained, one_thread):
     scores = Scores(rollout, (Column("toy", 1.0, torch.arange(float(rollout.size))),))
     stats = update(learner, combine(scores), UpdateSettings(train_fraction=1.0))
     assert stats.ratio_deviation == 0.0 and stats.grad_norm > 0 and stats.transitions == rollout.size * (STEPS - 1)
+
+
+@pytest.mark.parametrize("trained", ["flow_grpo_sde", "ddim"], indirect=True)
+def test_every_objective_replays_exactly_and_tells_how_far_the_lora_has_gone(trained, one_thread):
+    """KL is to the model without the LoRA: more than 0 as it is, and 0 exactly once its B is 0."""
+    learner, rollout = trained
+    advantages = combine(Scores(rollout, (Column("toy", 1.0, torch.arange(float(rollout.size))),)))
+    learner.reference = functools.partial(bare, learner.policy)
+    start = learner.state()
+    for objective in OBJECTIVES.values():
+        if learner.policy.process not in objective.processes:
+            continue
+        learner.load_state(start)
+        stats = update(learner, advantages, UpdateSettings(train_fraction=1.0, objective=objective.name, kl_weight=0.1))
+        assert stats.ratio_deviation == 0.0 and stats.grad_norm > 0 and stats.reference_kl > 1e-6
+        assert stats.calls.forward == stats.calls.backward == 12
+        assert all(p.requires_grad for p in learner.parameters.values())
+    learner.load_state({name: torch.zeros_like(value) if ".lora_B." in name and name.startswith("parameters.") else value for name, value in start.items()})
+    untrained = dataclasses.replace(rollout, version=learner.version)
+    scores = dataclasses.replace(advantages.scores, rollout=untrained)
+    assert update(learner, dataclasses.replace(advantages, scores=scores), UpdateSettings(train_fraction=1.0, kl_weight=0.1)).reference_kl == 0.0
 
 
 # -- what goes from one iteration to the next -------------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ RECORDED = {
     "DanceGRPOAdjustScores": ("scores operation threshold low high column", "", "DANCEGRPO_SCORES"),
     "DanceGRPOAdvantage": ("scores clamp", "combine best_of estimator", "DANCEGRPO_ADVANTAGES"),
     "DanceGRPOSample": ("policy prompts steps guidance_scale width height frames noise_seed samples_per_prompt", "lora", "IMAGE"),
-    "DanceGRPOUpdate": ("policy advantages clip_range train_fraction optimizer_steps max_grad_norm", "max_skipped_steps", "DANCEGRPO_UPDATE"),
+    "DanceGRPOUpdate": ("policy advantages clip_range train_fraction optimizer_steps max_grad_norm", "max_skipped_steps objective clip_range_high kl_weight", "DANCEGRPO_UPDATE"),
     "DanceGRPOLoopEnd": ("update", "", "DANCEGRPO_LORA DANCEGRPO_RUN"),
     "DanceGRPOLoopRunner": ("body", "", "DANCEGRPO_LORA DANCEGRPO_RUN"),
     "DanceGRPOEvaluate": (
@@ -73,6 +73,7 @@ CHOICES = {
     "DanceGRPOLoadReward.frame_score": {"mean", "worst"},
     "DanceGRPOAdjustScores.operation": {"threshold", "rank", "clip", "negate"},
     "DanceGRPOAdvantage.combine": {"normalise each, then sum", "sum, then normalise"},
+    "DanceGRPOUpdate.objective": {"clipped", "grpo_guard", "reinforce"},
     "DanceGRPOAdvantage.estimator": {"group", "group mean, batch std", "per-prompt history", "batch", "rank", "leave-one-out"},
 }
 ENGINE_BUILT = {"DanceGRPOLoopStart", "DanceGRPOLoopRunner"}  # called by the loop, with what it made

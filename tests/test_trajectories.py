@@ -51,7 +51,7 @@ def test_replay_brings_each_micro_batch_to_the_device_that_computes():
     pairs, calls = [(n, t) for n in range(6) for t in range(3)], CallCount()
     served = updating._by_input(there, pairs)
     with torch.enable_grad():
-        found = list(updating._accumulate(learner, advantages, pairs, served, {n: n for n in range(6)}, 5, 1e-4, calls, moved=False))
+        found = list(updating._accumulate(learner, advantages, pairs, served, {n: n for n in range(6)}, 5, SETTINGS, calls, moved=False))
     assert len(served) == 2 + 6 * 2 and calls.backward == 20 and len(found) == 5 and policy.weight.grad.device.type == "meta"
     with pytest.raises(RuntimeError, match="device"):
         there.states * plan.grid.levels[:4, None]  # or the check above could not fail

@@ -1,7 +1,6 @@
 """The update: its whole gradient against finite differences of a loss written in numpy, and all that it promises besides.
 
-The policy is a multilayer perceptron in float64. `numpy_pairs` computes the same quantities from the rollout's tensors and the
-parameters alone, with nothing of the library in it.
+The policy is that of tests/support/perceptron.py.
 """
 
 import dataclasses
@@ -11,119 +10,18 @@ import numpy as np
 import pytest
 import torch
 from diffusers.optimization import get_scheduler
+from perceptron import (
+    ALL, GROUP, PAIRS, PROMPTS, STEPS, Perceptron, Recorder,
+    advantages_of, case, drifted, finite_difference, flat, numpy_pairs, relative_error, rollout_of,
+)
 
-from comfy_dancegrpo.grpo import objectives
 from comfy_dancegrpo.grpo.advantages import combine
 from comfy_dancegrpo.grpo.groups import PER_PROMPT
-from comfy_dancegrpo.grpo.learner import Learner, OptimizerSettings
-from comfy_dancegrpo.grpo.protocol import Column, Conditioning, SamplingPlan, Scores, Size, TimeGrid
-from comfy_dancegrpo.grpo.rollout import Request, sample
+from comfy_dancegrpo.grpo.objectives import clipped
+from comfy_dancegrpo.grpo.protocol import Column, Scores
+from comfy_dancegrpo.grpo.rollout import sample
 from comfy_dancegrpo.grpo.schedules import FALLING, share
-from comfy_dancegrpo.grpo.update import NotFinite, StaleRollout, UpdateSettings, chosen_transitions, input_of, shares, update
-
-LATENT, WORDS, HIDDEN, STEPS, PROMPTS, GROUP = 6, 9, 16, 5, 3, 4
-ETA = 0.5
-PAIRS = [(n, t) for n in range(PROMPTS * GROUP) for t in range(STEPS - 1)]
-ALL = UpdateSettings(clip_range=1e-3, train_fraction=1.0, max_grad_norm=1e9)
-
-
-class Perceptron:
-    """A flow on latents [B, 6], in layers 16 wide, that are their own picture; see `grpo.protocol.Denoiser`."""
-
-    process = "flow"
-
-    def __init__(self, dtype=torch.float64, seed=0):
-        self.net = torch.nn.Sequential(torch.nn.Linear(LATENT + 1 + WORDS, HIDDEN), torch.nn.Tanh(), torch.nn.Linear(HIDDEN, LATENT))
-        self.net.to(dtype)
-        source = torch.Generator().manual_seed(seed)
-        for p in self.net.parameters():
-            p.data = torch.randn(p.shape, generator=source, dtype=torch.float64).to(dtype) * 0.5
-
-    def predict(self, latents, timesteps, conditioning, plan):
-        return self.net(torch.cat([latents, timesteps[:, None] / 1000, conditioning.tensors["words"]], 1))
-
-    def decode(self, latents, plan):
-        return latents[:, None, :3, None].expand(-1, 1, 3, 3).movedim(2, 3)
-
-
-class Recorder(Learner):
-    """Keeps a copy of the parameters and the gradient that each optimizer step starts from, and the parameters after it."""
-
-    def __init__(self, policy, run="toy", **settings):
-        super().__init__(policy, dict(policy.net.named_parameters()),
-                         OptimizerSettings(**{"learning_rate": 1e-3, "weight_decay": 0.0, **settings}), run)
-        self.before, self.gradients, self.after = [], [], []
-
-    def optimizer_step(self):
-        self.before.append(flat(self.parameters.values()))
-        self.gradients.append(flat(p.grad for p in self.parameters.values()))
-        super().optimizer_step()
-        self.after.append(flat(self.parameters.values()))
-
-
-def flat(tensors):
-    return torch.cat([t.detach().reshape(-1) for t in tensors]).double().numpy().copy()
-
-
-def rollout_of(learner, iteration=0, micro_batch=7, dtype=torch.float64, eta=ETA):
-    levels = torch.linspace(1, 0, STEPS + 1, dtype=dtype)
-    plan = SamplingPlan(TimeGrid(levels, levels[:-1] * 1000), eta=eta, size=Size(1, 3))
-    words = torch.randn(PROMPTS, WORDS, generator=torch.Generator().manual_seed(9), dtype=torch.float64).to(dtype)
-    request = Request(tuple("abc"), GROUP, (LATENT,), seed=4, iteration=iteration, micro_batch=micro_batch)
-    return sample(learner.policy, request, Conditioning({"words": words}), plan, learner.version)
-
-
-def advantages_of(rollout, flat_group=None, best_of=0):
-    values = torch.randn(rollout.size, generator=torch.Generator().manual_seed(2))
-    if flat_group is not None:
-        values[rollout.groups == flat_group] = 0.25
-    return combine(Scores(rollout, (Column("toy", 1.0, values),)), best_of=best_of)
-
-
-def drifted(learner, scale=2e-3):
-    """Moves the policy away from where its rollout was sampled, so that ratios leave 1 and both branches of the clip are met."""
-    source = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for p in learner.parameters.values():
-            p += scale * torch.randn(p.shape, generator=source, dtype=torch.float64).to(p.dtype)
-
-
-def case(drift=2e-3, flat_group=None, micro_batch=7, **settings):
-    learner = Recorder(Perceptron(), **settings)
-    advantages = advantages_of(rollout_of(learner, micro_batch=micro_batch), flat_group)
-    drifted(learner, drift)
-    return learner, advantages
-
-
-# -- the independent computation ------------------------------------------------------------------------------------------------
-def numpy_pairs(parameters, advantages, pairs, clip_range):
-    """(losses, ratios) of the (sample, step) pairs, in float64."""
-    rollout = advantages.scores.rollout
-    n, t = np.array(pairs).T
-    split = np.cumsum([HIDDEN * (LATENT + 1 + WORDS), HIDDEN, LATENT * HIDDEN])
-    w1, b1, w2, b2 = np.split(parameters, split)
-    states = rollout.states.double().numpy()
-    x, x_next = states[n, t], states[n, t + 1]
-    sigma = np.linspace(1, 0, STEPS + 1)[t, None]
-    words = rollout.conditioning.tensors["words"].double().numpy()[rollout.groups.numpy()[n]]
-    hidden = np.tanh(np.concatenate([x, sigma, words], 1) @ w1.reshape(HIDDEN, -1).T + b1)
-    velocity = hidden @ w2.reshape(LATENT, HIDDEN).T + b2
-    h, noise = 1 / STEPS, x + (1 - sigma) * velocity  # the score is -noise / sigma
-    mean, std = x - h * velocity - ETA**2 / 2 * h * noise / sigma, ETA * math.sqrt(h)
-    log_prob = (-((x_next - mean) ** 2) / (2 * std**2) - math.log(std) - math.log(2 * math.pi) / 2).mean(1)
-    ratio = np.exp(log_prob - rollout.log_probs.double().numpy()[n, t])
-    a = advantages.values.double().numpy()[n]
-    return np.maximum(-a * ratio, -a * np.clip(ratio, 1 - clip_range, 1 + clip_range)), ratio
-
-
-def finite_difference(parameters, advantages, pairs, clip_range, h=1e-6):
-    def loss(change):
-        return numpy_pairs(parameters + change, advantages, pairs, clip_range)[0].mean()
-    return np.array([(loss(h * unit) - loss(-h * unit)) / (2 * h) for unit in np.eye(len(parameters))])
-
-
-def relative_error(found, expected):
-    return np.linalg.norm(found - expected) / np.linalg.norm(expected)
+from comfy_dancegrpo.grpo.update import NotFinite, StaleRollout, chosen_transitions, input_of, shares, update
 
 
 # -- the gradient ---------------------------------------------------------------------------------------------------------------
@@ -402,14 +300,14 @@ def test_what_the_clip_has_silenced_costs_no_backward_pass():
 def test_a_step_that_is_silenced_whole_goes_on_by_momentum():
     """As it would with a backward pass: its gradient is zero, not missing."""
     learner, advantages = case(drift=0.0, micro_batch=1, learning_rate=0.3)
-    clipped = objectives.clipped
+    as_it_is = clipped.clipped
 
     def silent(*given):
-        loss, ratio = clipped(*given)
-        return loss * (not learner.gradients), ratio
+        loss, outside = as_it_is(*given)
+        return loss * (not learner.gradients), outside
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(objectives, "clipped", silent)
+        patch.setattr(clipped, "clipped", silent)
         stats = update(learner, advantages, dataclasses.replace(ALL, optimizer_steps=2))
     assert stats.calls.forward > 0 and not learner.gradients[1].any() and (learner.after[1] != learner.before[1]).all()
 

@@ -39,13 +39,14 @@ class Learner:
     """Holds the live policy. `version` (run, count of iterations trained) tells which rollouts are its own.
 
     written: called whenever the values of `parameters` have changed, where they are masters of what the policy computes with.
+    reference: a context in which the policy is what it was before it was trained, where KL to that is asked for.
     """
 
     def __init__(self, policy: Denoiser, parameters: dict[str, torch.nn.Parameter], settings: OptimizerSettings, run: str,
-                 written: Callable[[], None] = lambda: None):
+                 written: Callable[[], None] = lambda: None, reference: Callable[[], contextlib.AbstractContextManager] | None = None):
         if not parameters:
             raise ValueError("there is nothing to train: no parameter was given")
-        self.policy, self.parameters, self.settings, self._written = policy, parameters, settings, written
+        self.policy, self.parameters, self.settings, self._written, self.reference = policy, parameters, settings, written, reference
         self.version = (run, 0)
         self.skipped = 0  # optimizer steps in a row, up to now, that were left out
         self.history: Mapping[str, dict] = {}  # `Rollout.history` of the next rollout

@@ -7,17 +7,21 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import processes, sharding
-from . import objectives
 from .forward import micro_batches, step
 from .gaussian import Gaussian, log_prob
 from .learner import Learner
 from .noise import generator
+from .objectives import OBJECTIVES
+from .objectives.kl import kl
+from .objectives.steps import Steps, ratio
 from .protocol import Advantages, CallCount, Rollout
+from .walk import noise_of
 
 
 class StaleRollout(ValueError):
@@ -30,21 +34,27 @@ class NotFinite(ArithmeticError):
 
 @dataclass(frozen=True)
 class UpdateSettings:
-    """clip_range: c of the objective. train_fraction: share of the trainable transitions that is trained, drawn anew for
-    each sample. optimizer_steps: per rollout, each on its own share of the transitions. max_grad_norm: of the whole gradient. max_skipped_steps: how many
-    optimizer steps in a row may be left out because their loss or gradient is NaN or infinite."""
+    """clip_range: how far the objective's ratio may fall below 1 and, where clip_range_high is 0, rise above it; else that is how far. train_fraction: share
+    of the trainable transitions that is trained, drawn anew for each sample. optimizer_steps: per rollout, each on its own share of the transitions.
+    max_grad_norm: of the whole gradient. max_skipped_steps: how many optimizer steps in a row may be left out because their loss or gradient is NaN or
+    infinite. objective: one of `objectives.OBJECTIVES`; kl_weight: of KL to the reference policy, added to it."""
 
     clip_range: float = 1e-4
     train_fraction: float = 0.6
     optimizer_steps: int = 1
     max_grad_norm: float = 1.0
     max_skipped_steps: int = 3
+    objective: str = "clipped"
+    clip_range_high: float = 0.0
+    kl_weight: float = 0.0
 
 
 @dataclass(frozen=True)
 class UpdateStats:
     """What an update did. ratio_deviation: largest |rho - 1| over the transitions of the first optimizer step (0 if none).
-    skipped_steps: optimizer steps whose loss or gradient was no number; nothing else here is of them, but for finite ratios of the first."""
+    clip_fraction: of the transitions whose ratio left the objective's range. approx_kl: to the policy that sampled them; reference_kl: mean KL to the
+    reference policy, None where it was not asked for. skipped_steps: optimizer steps whose loss or gradient was no number; nothing else here is of them,
+    but for finite ratios of the first."""
 
     loss: float
     ratio_deviation: float
@@ -58,6 +68,16 @@ class UpdateStats:
     clip_range: float
     advantages: Advantages = field(repr=False)
     skipped_steps: int = 0
+    reference_kl: float | None = None
+
+
+class Seen(NamedTuple):
+    """Of pairs that were replayed, detached [pairs] each: the losses, ratios, whether the objective's ratio left its range, and KL to the reference (or 0)."""
+
+    losses: Tensor
+    ratios: Tensor
+    outside: Tensor
+    kl: Tensor
 
 
 def chosen_transitions(rollout: Rollout, sample: int, fraction: float) -> list[int]:
@@ -97,13 +117,14 @@ def update(learner: Learner, advantages: Advantages, settings: UpdateSettings,
            tick: Callable[[int, int], None] = lambda done, total: None) -> UpdateStats:
     """Trains the learner's policy on a scored rollout (arXiv 2505.07818, algorithm 1).
 
-    Each optimizer step accumulates the gradient of the mean clipped loss over its (sample, step) pairs, in micro-batches of
+    Each optimizer step accumulates the gradient of the objective's mean over its (sample, step) pairs, in micro-batches of
     the rollout's shape: each process over the samples that it drew, in as many calls as any other, and the sum over the processes is what
     is stepped along.
     `tick(pairs done, pairs in all)`, of this process, is called after each; it may raise to stop.
 
     Raises:
         StaleRollout: the rollout is of another version of the policy. NotFinite: too many steps in a row whose loss or gradient is not a number.
+        ValueError: the rollout has no noise, the objective is not for this kind of policy, or there is no reference to take KL to.
     """
     rollout, start = advantages.scores.rollout, time.perf_counter()
     if rollout.version != learner.version:
@@ -112,27 +133,30 @@ def update(learner: Learner, advantages: Advantages, settings: UpdateSettings,
     if not bool(rollout.noisy[:, :-1].any()):
         raise ValueError("the rollout has no noise, so it has no log-probabilities to train on: "
                          "sample with a stochastic transition, eta above 0 and at least 2 steps")
+    if learner.policy.process not in OBJECTIVES[settings.objective].processes:
+        raise ValueError(f'input "objective": found {settings.objective!r}, accepted for this policy ({learner.policy.process}): '
+                         + ", ".join(repr(o.name) for o in OBJECTIVES.values() if learner.policy.process in o.processes))
+    if settings.kl_weight and learner.reference is None:
+        raise ValueError(f'input "kl_weight": found {settings.kl_weight}, accepted here: 0, since there is no reference policy')
     parts, calls = shares(rollout, advantages.trained, settings), CallCount()
     here = {n: row for row, n in enumerate(rollout.places.tolist())}
     own = [_by_input(rollout, [(n, t) for n, t in pairs if n in here]) for pairs in parts]
     micro_batches_of = [max(column) for column in zip(*processes.all_of([-(-len(served) // rollout.micro_batch) for served in own]))]
     total, done = sum(len(pairs) for served in own for pairs in served), 0
-    losses, ratios, norms, skipped = [], [[] for _ in parts], [], set()
+    seen, norms, skipped = [[] for _ in parts], [], set()
     learner.zero_grad()  # of an update that was interrupted
     with torch.inference_mode(False), torch.enable_grad():
         for k, served in enumerate(own):
-            of_step = []
-            for loss, ratio in _accumulate(learner, advantages, parts[k], served, here, micro_batches_of[k], settings.clip_range, calls, k > 0):
-                of_step.append(loss), ratios[k].append(ratio)
-                done += len(ratio)
+            for of_call in _accumulate(learner, advantages, parts[k], served, here, micro_batches_of[k], settings, calls, k > 0):
+                seen[k].append(of_call)
+                done += len(of_call.losses)
                 tick(done, total)
             _sum_gradients(learner)
             norm = learner.clip_grad_norm(settings.max_grad_norm)
-            if processes.any_of(not math.isfinite(norm) or not all(bool(loss.isfinite().all()) for loss in of_step)):
+            if processes.any_of(not math.isfinite(norm) or not all(bool(of_call.losses.isfinite().all()) for of_call in seen[k])):
                 _skip(learner, norm, settings.max_skipped_steps)
                 skipped.add(k)
                 continue
-            losses += of_step
             norms.append(norm)
             learner.optimizer_step()
             learner.skipped = 0
@@ -140,21 +164,22 @@ def update(learner: Learner, advantages: Advantages, settings: UpdateSettings,
         learner.history = advantages.history
     learning_rate = learner.learning_rate
     learner.finish_iteration()
-    every = _of_all([torch.cat(r) for k, r in enumerate(ratios) if r and k not in skipped])
-    first = _of_all(ratios[0] if ratios else [])
+    taken = [of_call for k, of_step in enumerate(seen) if k not in skipped for of_call in of_step]
+    every = Seen(*(_of_all([getattr(of_call, name) for of_call in taken]) for name in Seen._fields))
+    first = _of_all([of_call.ratios for of_call in seen[0]] if seen else [])
     first = first[first.isfinite()]
-    found = _of_all(losses)
     calls = sum(processes.all_of(calls), CallCount())
     deviation = (first - 1).abs().max().item() if len(first) else 0.0
     if not norms:
         return UpdateStats(0.0, deviation, 0.0, 0.0, 0.0, learning_rate, 0, calls, time.perf_counter() - start, settings.clip_range, advantages, len(skipped))
     return UpdateStats(
-        loss=found.mean().item(),
+        loss=every.losses.mean().item(),
         ratio_deviation=deviation,
-        clip_fraction=((every - 1).abs() > settings.clip_range).double().mean().item(),
-        approx_kl=(every - 1 - every.log()).mean().item(),
-        grad_norm=sum(norms) / len(norms), learning_rate=learning_rate, transitions=len(every), calls=calls,
+        clip_fraction=every.outside.mean().item(),
+        approx_kl=(every.ratios - 1 - every.ratios.log()).mean().item(),
+        grad_norm=sum(norms) / len(norms), learning_rate=learning_rate, transitions=len(every.losses), calls=calls,
         seconds=time.perf_counter() - start, clip_range=settings.clip_range, advantages=advantages, skipped_steps=len(skipped),
+        reference_kl=every.kl.mean().item() if settings.kl_weight else None,
     )
 
 
@@ -200,8 +225,8 @@ def _by_input(rollout: Rollout, pairs: list[Pair]) -> list[list[Pair]]:
 
 
 def _accumulate(learner: Learner, advantages: Advantages, pairs: list[Pair], served: list[list[Pair]], here: dict[int, int],
-                calls_of_all: int, clip_range: float, calls: CallCount, moved: bool) -> Iterator[tuple[Tensor, Tensor]]:
-    """Adds this process's part of the gradient of the mean loss over `pairs`; yields (losses, ratios) [pairs served], detached, by micro-batch.
+                calls_of_all: int, settings: UpdateSettings, calls: CallCount, moved: bool) -> Iterator[Seen]:
+    """Adds this process's part of the gradient of the mean loss over `pairs`; yields what was seen of the pairs served, by micro-batch.
 
     served: this process's pairs, by the input that serves them. here: the row of the rollout's states by sample. calls_of_all: micro-batches that every
     process makes, where it needs fewer with rows that count nothing. moved: whether the policy has moved since the rollout, so that a clip may hold.
@@ -214,29 +239,41 @@ def _accumulate(learner: Learner, advantages: Advantages, pairs: list[Pair], ser
     for part, real in micro_batches(len(served), rollout.micro_batch, calls_of_all):
         samples, steps = torch.tensor([inputs[k] for k in part.tolist()]).T
         rows = torch.tensor([here.get(n, 0) for n in samples.tolist()])
-        gaussian = step(learner.policy, rollout.states[rows, steps].to(device), steps.to(device), rollout.conditioning.rows(rollout.groups[samples].to(device)),
-                        rollout.plan, torch.ones_like(steps, dtype=torch.bool).to(device), calls, real)
+        given = (rollout.states[rows, steps].to(device), steps.to(device), rollout.conditioning.rows(rollout.groups[samples].to(device)),
+                 rollout.plan, torch.ones_like(steps, dtype=torch.bool).to(device), calls, real)
+        reference = None
+        if settings.kl_weight:
+            with learner.reference(), torch.no_grad():  # before the call with gradient, whose weights must stay as they are until its backward pass
+                reference = step(learner.policy, *given).mean
+        gaussian = step(learner.policy, *given)
         mean = gaussian.mean.detach().requires_grad_()
-        loss, losses, ratios = _objective(advantages, rollout, replace(gaussian, mean=mean), served[int(part[0]):][:real], here, clip_range)
+        loss, of_call = _objective(advantages, rollout, replace(gaussian, mean=mean), reference, served[int(part[0]):][:real], here, settings)
         gradient, = torch.autograd.grad(loss / len(pairs), mean)
         if moved and not processes.sharded() and not bool(gradient.any()):  # the clip has silenced all of them
             calls.spared(len(part))
         else:
             gaussian.mean.backward(gradient)
-        yield losses, ratios
+        yield of_call
 
 
-def _objective(advantages: Advantages, rollout: Rollout, gaussian: Gaussian, served: list[list[Pair]], here: dict[int, int],
-               clip_range: float) -> tuple[Tensor, Tensor, Tensor]:
-    """The sum of the losses of the pairs that the rows of a call serve; and, detached, each loss and ratio."""
+def _objective(advantages: Advantages, rollout: Rollout, gaussian: Gaussian, reference: Tensor | None, served: list[list[Pair]], here: dict[int, int],
+               settings: UpdateSettings) -> tuple[Tensor, Seen]:
+    """The sum of the losses of the pairs that the rows of a call serve, and what was seen of them. reference: [B, ...], the reference policy's means."""
+    objective, levels, high = OBJECTIVES[settings.objective], rollout.plan.grid.levels, settings.clip_range_high or settings.clip_range
     pairs, device = [(row, *pair) for row, pairs in enumerate(served) for pair in pairs], gaussian.mean.device
-    total, losses, ratios = gaussian.mean.sum() * 0.0, [], []  # a call of padding has a gradient too, of zeros
+    total, seen = gaussian.mean.sum() * 0.0, []  # a call of padding has a gradient too, of zeros
     for part, real in micro_batches(len(pairs), rollout.micro_batch):  # in the rollout's shape: kernels round by it
         of, samples, steps = torch.tensor([pairs[k] for k in part.tolist()]).T
         rows, of = torch.tensor([here[n] for n in samples.tolist()]), of.to(device)
-        density = log_prob(rollout.states[rows, steps + 1].to(device), Gaussian(gaussian.mean[of], gaussian.std[of], gaussian.x0.detach()[of]))
-        loss, ratio = objectives.clipped(density, rollout.log_probs[rows.to(device), steps.to(device)], advantages.values[samples].to(device), clip_range)
+        mean, std, x_next = gaussian.mean[of], gaussian.std[of], rollout.states[rows, steps + 1].to(device)
+        replayed = Steps(
+            log_prob(x_next, Gaussian(mean, std, gaussian.x0.detach()[of])), rollout.log_probs[rows.to(device), steps.to(device)],
+            advantages.values[samples].to(device), mean, std, (levels[steps] - levels[steps + 1]).abs().to(device),
+            x_next - std * torch.stack([noise_of(rollout, *pair) for pair in zip(samples.tolist(), steps.tolist())]).to(device) if objective.old_mean else None)
+        loss, outside = objective.losses(replayed, settings.clip_range, high)
+        divergence = torch.zeros_like(loss) if reference is None else kl(replayed, reference[of])
+        loss = loss + settings.kl_weight * divergence if settings.kl_weight else loss
         total = total + loss[:real].sum()
-        losses.append(loss[:real].detach()), ratios.append(ratio[:real].detach())
+        seen.append(Seen(*(value[:real].detach() for value in (loss, ratio(replayed), outside, divergence))))
     none = gaussian.mean.new_zeros(0)
-    return total, torch.cat(losses) if losses else none, torch.cat(ratios) if ratios else none
+    return total, Seen(*(torch.cat(column) for column in zip(*seen))) if seen else Seen(none, none, none, none)

@@ -12,11 +12,21 @@ from .. import processes
 from .forward import micro_batches, step, timetable
 from .gaussian import Gaussian, log_prob
 from .noise import generator
-from .protocol import CallCount, Conditioning, Denoiser, at_least_float32
+from .protocol import CallCount, Conditioning, Denoiser, Rollout, at_least_float32
 from .transitions import TRANSITIONS
 
 if TYPE_CHECKING:
     from .rollout import Work
+
+
+def noise_of(rollout: Rollout, sample: int, t: int) -> Tensor:
+    """[...] on the CPU, what was drawn for one of the N samples at a step that had noise: `Walk` draws a step's after those of the steps before."""
+    group, like = int(rollout.groups[sample]), at_least_float32(rollout.states[:0])
+    source = generator("step", rollout.seed, rollout.iteration, group, int(rollout.indices[sample]))
+    for _ in range(1 + int(rollout.noisy[group, :t].sum())):
+        noise = torch.randn(like.shape[2:], dtype=like.dtype, generator=source)
+    return noise
+
 
 Call = list[tuple[int, int]]
 """(row, step) of each real row of a denoiser call."""

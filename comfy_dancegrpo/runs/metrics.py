@@ -37,6 +37,7 @@ def row(iteration: int, stats: UpdateStats, total_seconds: float, held_up: float
         "ratio_deviation": stats.ratio_deviation,
         "clip_fraction": stats.clip_fraction,
         "approx_kl": stats.approx_kl,
+        **({} if stats.reference_kl is None else {"reference_kl": stats.reference_kl}),
         "grad_norm": stats.grad_norm,
         "loss": stats.loss,
         "learning_rate": stats.learning_rate,

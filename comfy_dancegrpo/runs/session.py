@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import time
 from collections import deque
@@ -19,7 +20,7 @@ from ..grpo.protocol import Conditioning, Size
 from ..grpo.schedules import FALLING
 from ..grpo.update import UpdateStats
 from ..lora import files
-from ..lora.adapter import LoraSettings, LoraSnapshot
+from ..lora.adapter import LoraSettings, LoraSnapshot, bare
 from ..lora.full import FullSettings, FullSnapshot
 from ..policies.base import Policy
 from ..prompts import PromptList
@@ -122,7 +123,8 @@ class Session:
                 self.trained.start_from(settings.start_from)
             undo.callback(self.policy.checkpoint_gradients, False)
             self.policy.checkpoint_gradients(settings.gradient_checkpointing)
-            learner = Learner(self.policy, self.trained.parameters, settings.optimizer, self.folder.name, self.trained.written)
+            learner = Learner(self.policy, self.trained.parameters, settings.optimizer, self.folder.name, self.trained.written,
+                              functools.partial(bare, self.policy))
             if self.action == "start":
                 processes.on_first(lambda: self.folder.create(self._fingerprint, settings.micro_batch))
             self.watch = WatchLog(self.folder, self._rule)
