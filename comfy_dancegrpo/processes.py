@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from . import pulse
-from .errors import DanceGRPOError, RunError, WorkflowError
+from .errors import DanceGRPOError, Interrupted, RunError, WorkflowError
 from .workflow.host import host
 
 if TYPE_CHECKING:
@@ -270,6 +270,19 @@ def _placed(parts: list[tuple[Tensor, Tensor]], total: int) -> Tensor:
 def any_of(flag: bool) -> bool:
     """Whether it holds in any process."""
     return any(all_of(bool(flag)))
+
+
+def check_interrupt() -> None:
+    """Raises `Interrupted` where any process was told to stop: in all, at the same call, so that none is left waiting. All call it equally often."""
+    if count() == 1:
+        return host().check_interrupt()
+    try:
+        host().check_together()
+    except Interrupted:
+        any_of(True)
+        raise
+    if any_of(False):
+        raise Interrupted("stopped")
 
 
 def all_of(value: T) -> list[T]:

@@ -20,7 +20,7 @@ _LENGTH = 1024  # bytes, always all of them: a reader sees one whole line or non
 class _Pulse:
     def __init__(self, path: Path):
         self._file = os.open(path, os.O_WRONLY | os.O_CREAT | getattr(os, "O_BINARY", 0))
-        self._told: dict[str, Any] = {"moves": 0, "waits": False, "node": "", "run": ""}
+        self._told: dict[str, Any] = {"moves": 0, "waits": False, "keeps": False, "node": "", "run": ""}
 
     def tell(self, changes: dict[str, Any]) -> None:
         self._told |= {"moves": self._told["moves"] + 1, **changes}
@@ -49,6 +49,16 @@ def waiting() -> Iterator[None]:
         yield
     finally:
         tell(waits=False)
+
+
+@contextlib.contextmanager
+def keeping() -> Iterator[None]:
+    """While the block runs, this process writes what is to be left of a run: who ends it loses that."""
+    tell(keeps=True)
+    try:
+        yield
+    finally:
+        tell(keeps=False)
 
 
 def read(folder: Path) -> dict[int, dict[str, Any]]:

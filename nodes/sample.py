@@ -44,7 +44,7 @@ class Sample:
         from comfy_dancegrpo.runs.draw import draw
 
         def tick(done: int, total: int) -> None:
-            host().check_interrupt()
+            processes.check_interrupt()
             host().progress(done, total)
 
         host().load(policy)

@@ -38,10 +38,11 @@ class Update:
 
     def update(self, policy, advantages, clip_range, train_fraction, optimizer_steps, max_grad_norm, max_skipped_steps=3,
                objective="clipped", clip_range_high=0.0, kl_weight=0.0):
+        from comfy_dancegrpo import processes
         from comfy_dancegrpo.grpo import update as grpo
 
         def tick(done: int, total: int) -> None:
-            host().check_interrupt()
+            processes.check_interrupt()
             host().progress(done, total)
 
         settings = grpo.UpdateSettings(clip_range, train_fraction, optimizer_steps, max_grad_norm, max_skipped_steps, objective, clip_range_high, kl_weight)

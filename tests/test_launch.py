@@ -260,14 +260,16 @@ def wait_for(process, said):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no signals that a test could send")
 def test_stopped_resumed_killed(graph):
-    """SIGTERM, and SIGINT in the run that goes on, save and leave; then the launcher, and then one of its processes, are killed."""
+    """SIGTERM to all of the job, as Slurm sends it, and SIGINT to the launcher of the run that goes on, save and leave; then one of its processes, and in
+    the run that goes on the launcher, are killed."""
     run, done = [*TRAINER, *words("stopped", "--processes", 2, "--iterations", 60)], 0
     for signum, status in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
         process = begin(run, graph)
         try:
             found = wait_for(process, f"{done + 2}/60 ")
             assert len(found) == 2
-            process.send_signal(signum)
+            for one in [process, *(found if signum == signal.SIGTERM else [])]:
+                one.send_signal(signum)
             err = process.stderr.read().splitlines()
             assert process.wait(60) == status, err
             assert not any(child.is_running() for child in found)
@@ -275,19 +277,23 @@ def test_stopped_resumed_killed(graph):
             end(process)
         (line,) = verdicts(err)
         assert line.startswith("stopped; resume with: dancegrpo run ")
+        (graph / "stopped/run/report.html").unlink()  # which none waits for who was told to stop at once
         before, done = done, checkpoints.newest(graph / "stopped/run/checkpoints")[0]
         assert before < done < 60 and [row["iteration"] for row in rows(graph / "stopped/run/metrics.jsonl")] == list(range(1, done + 1))
         run = [*TRAINER, *shlex.split(line.partition("; resume with: ")[2])[1:]]
-    for victim in ("launcher", "a process"):
+    for victim in ("a process", "launcher"):
         process = begin(run, graph)
         try:
             found = wait_for(process, f"{done + 1}/60 ")
             (psutil.Process(process.pid) if victim == "launcher" else found[1]).kill()
             gone, alive = psutil.wait_procs(found, timeout=30)
             assert not alive
-            err = process.stderr.read().splitlines()
+            lines = verdicts(process.stderr.read().splitlines())
             assert process.wait(30) == (-signal.SIGKILL if victim == "launcher" else 3)
         finally:
             end(process)
         done = checkpoints.newest(graph / "stopped/run/checkpoints")[0]
-    assert [line for line in verdicts(err) if line.endswith(" was killed by SIGKILL")] and any("; resume with: " in line for line in verdicts(err))
+        if victim == "a process":
+            killed, lost = sorted(lines, key=lambda line: "another process has ended" in line)
+            assert killed == "process 1 was killed by SIGKILL" and "another process has ended" in lost
+            assert f"; resume with: {shlex.join(['dancegrpo', *run[2:]])}" in lost

@@ -57,6 +57,13 @@ def iterations(count, settings, planted=False):
         found.setdefault("stats", stats)
     found["stats"] = {name: getattr(found["stats"], name) for name in ("loss", "ratio_deviation", "clip_fraction", "grad_norm", "transitions", "calls")}
     found["lora"], found["ema"] = learner.weights(averaged=False), learner.weights()
+    found["strayed"] = [learner.strayed()]
+    if processes.rank() == processes.count() - 1:
+        first, second = (p.data.view(torch.int32).view(-1) for p in list(learner.parameters.values())[:2])
+        first[0] += 1  # the least change that there is; and another that makes up for it in the sum
+        first[1] -= 1
+        second[0] += 1
+    found["strayed"].append(learner.strayed())
     return found
 
 
@@ -81,6 +88,7 @@ def test_any_number_of_processes_trains_alike(count, alone, tmp_path):
         assert all(torch.equal(found["lora"][name], every[0]["lora"][name]) for name in found["lora"])  # no process drifts from another
         assert found["stats"] == every[0]["stats"] and found["stats"]["ratio_deviation"] == 0.0
         assert found["stats"]["loss"] == pytest.approx(alone["stats"]["loss"], abs=1e-6)
+        assert found["strayed"] == [[], [count - 1]]
         assert found["stats"]["transitions"] == alone["stats"]["transitions"]
         calls, calls_alone = found["stats"]["calls"], alone["stats"]["calls"]
         assert calls.forward - calls.padded + calls.backward == calls_alone.forward - calls_alone.padded + calls_alone.backward

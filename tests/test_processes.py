@@ -8,8 +8,9 @@ import torch
 from spmd import in_processes
 
 from comfy_dancegrpo import processes
-from comfy_dancegrpo.errors import RunError, WorkflowError
+from comfy_dancegrpo.errors import Interrupted, RunError, WorkflowError
 from comfy_dancegrpo.trainer.console import StoppedAtOnce
+from comfy_dancegrpo.workflow.host import Host, use
 
 
 def collectives():
@@ -26,8 +27,27 @@ def collectives():
         "to_first": processes.gathered(rows, torch.tensor(mine), 7, everywhere=False),
         "sums": tensors, "first": processes.on_first(lambda: rank), "untold": processes.on_first(lambda: "mine", told=False),
         "errors": [caught(kind) for kind in ("run", "workflow", "other", "key", "odd")],
+        "stopped": stopped(3), "not stopped": stopped(9),
         "twice": refused(rows, mine if rank < count - 1 else processes.share(list(range(7)))[:-1] + [0]),
     }
+
+
+def stopped(at):
+    """At which of five calls this process stopped; the last is told to at one of them."""
+    made = []
+
+    class Told(Host):
+        def check_interrupt(self):  # of one process; of several, check_together calls it
+            made.append(None)
+            if len(made) == at and processes.rank() == processes.count() - 1:
+                raise Interrupted("stopped")
+
+    with use(Told({})):
+        try:
+            for call in range(1, 6):
+                processes.check_interrupt()
+        except Interrupted:
+            return call
 
 
 class Odd(RunError):
@@ -75,6 +95,7 @@ def test_collectives(count, tmp_path):
         assert run == ("RunError", 'node 3 "Score": no reward', None) and workflow == ("WorkflowError", "one\ntwo", ["one", "two"])
         assert other == (("ValueError", "a\nb", None) if found["rank"] == 0 else ("RunError", "ValueError: a b", None))
         assert key[0] == "KeyboardInterrupt"
+        assert found["stopped"] == 3 and found["not stopped"] is None
         assert odd == ("Odd" if found["rank"] == 0 else "RunError", "no answer", None)
         if count > 1:  # one alone takes its rows for what it says they are
             assert found["twice"] == "of 7 samples the processes hold 7, 6 different ones; accepted: each in one of them"

@@ -314,3 +314,11 @@ def test_runs_killed_at_random_are_the_run_left_alone(tmp_path):
                           capture_output=True, text=True, timeout=600, env={**os.environ, "OMP_NUM_THREADS": "1"})
     print(done.stdout)
     assert done.returncode == 0 and "3 of 3 equal to the run left alone" in done.stdout, done.stdout + done.stderr
+
+
+def test_weights_that_differ_between_processes_are_named_at_each_checkpoint(cli, flow, tmp_path, monkeypatch):
+    monkeypatch.setattr(Learner, "strayed", lambda self: [1, 3])
+    done = cli(*flow, "--set", "Loop Start.checkpoint_every=3", "--output", tmp_path)
+    said = [line for line in done.err if "not the same in all processes" in line]
+    assert [line.partition(":")[2].partition(":")[0] for line in said] == [" iteration 3", " iteration 4"]
+    assert all("those of 1, 3 differ from those of 0" in line for line in said)

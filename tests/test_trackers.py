@@ -176,11 +176,11 @@ def test_only_the_first_process_logs(tmp_path, tracked, monkeypatch):
 
 
 def test_the_command_that_resumes_names_them_again(tmp_path):
-    from comfy_dancegrpo.trainer.session import Options, resume_command
+    from comfy_dancegrpo.trainer.session import Options, how_to_resume
 
     host = Host()
     host.run_folder = tmp_path / "a"
-    assert "--track tensorboard --track wandb" in resume_command(host, tmp_path / "flow.json", Options(track=["tensorboard", "wandb"]))
+    assert "--track tensorboard --track wandb" in how_to_resume(host, tmp_path / "flow.json", Options(track=["tensorboard", "wandb"]))
 
 
 class Faulty:

@@ -17,6 +17,8 @@ import typer
 from comfy_dancegrpo import __version__, processes
 from comfy_dancegrpo.errors import DanceGRPOError, Interrupted, WorkflowError
 
+HANG_TIMEOUT = 3600.0
+
 app = typer.Typer(help="Runs saved ComfyUI graphs that train image and video models by reinforcement.", no_args_is_help=True,
                   add_completion=False, pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]})
 
@@ -54,7 +56,7 @@ def run(workflow: Workflow, output: OutputOrAddress = "output", models: Models =
         track: Annotated[Optional[list[str]], typer.Option(metavar="NAME", show_default=False,
                                                            help="Logs the run: tensorboard, wandb, or another of accelerate's trackers. Repeatable.")] = None,
         resume: Annotated[bool, typer.Option("--resume", help="Goes on with the run of that name, as Loop Start's on_existing=resume does.")] = False,
-        hang_timeout: Annotated[float, typer.Option(min=1.0, metavar="SECONDS", help="Ends processes none of which has moved for so long.")] = 3600.0,
+        hang_timeout: Annotated[float, typer.Option(min=1.0, metavar="SECONDS", help="Ends processes none of which has moved for so long.")] = HANG_TIMEOUT,
         spool: Annotated[Optional[Path], typer.Option(metavar="FOLDER", help="Where runs of an address are trained: a folder of your cache.", show_default=False)] = None,
         tell: Annotated[Optional[Path], typer.Option(hidden=True, help="Tells the one that started it, which wrote this file, in JSON.")] = None,
         previews: Annotated[Optional[Path], typer.Option(hidden=True, help="Where that one's page finds previews.")] = None,
@@ -62,20 +64,20 @@ def run(workflow: Workflow, output: OutputOrAddress = "output", models: Models =
     """Runs a workflow: checks it whole, then trains, on every visible GPU."""
     from . import launch
     from .console import ConsoleHost
-    from .session import Options, asked_by, prepare, resume_command
+    from .session import Options, asked_by, how_to_resume, prepare
     from .storing import placed, stored
     from .telling import TellingHost
 
-    launch.end_with_the_launcher()
+    host = None
+    launch.end_with_the_launcher(lambda: host is not None and host.stopping)
     folder, address = placed(output, spool)
     options = Options(folder, input, models, extra_model_paths, comfyui, run, iterations, seed, set_ or [], allow_host or [], track or [], resume,
-                      processes, config, storage=address, spool=spool)
-    host = None
+                      processes, config, hang_timeout if hang_timeout != HANG_TIMEOUT else None, address, spool)
 
     def how() -> str:
-        return f"; resume with: {resume_command(host, workflow, options)}" if host and host.run_folder else ""
+        return how_to_resume(host, workflow, options) if host and host.run_folder else ""
 
-    def how_to_resume(folder: str) -> str:
+    def how_of(folder: str) -> str:
         host.run_folder = Path(folder) if folder else None
         return how()
 
@@ -95,7 +97,7 @@ def run(workflow: Workflow, output: OutputOrAddress = "output", models: Models =
             count, what = asked_by(host.prompt, host.registry), 'Loop Start\'s "processes"'
             together.on_first(lambda: launch.check_started(count, what))
         if (number := launch.wanted(count, what)) > 1:
-            raise typer.Exit(launch.launch(number, sys.argv[1:], hang_timeout, how_to_resume))
+            raise typer.Exit(launch.launch(number, sys.argv[1:], hang_timeout, how_of))
         with use(host), host.running(), stored(host):
             execute(host.prompt, host.registry, extra_pnginfo=host.extra_pnginfo)
             together.end()

@@ -6,6 +6,7 @@ import contextlib
 import os
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from comfy_dancegrpo import processes, pulse
 from comfy_dancegrpo.errors import Interrupted
 
 from .hosts import ProgramHost
+
+_TOLD_TWICE = 1.0  # seconds
 
 
 class StoppedAtOnce(KeyboardInterrupt):
@@ -31,8 +34,14 @@ class ConsoleHost(ProgramHost):
         super().__init__(*options)
         self.files: dict[Path, None] = {}
         self._stopped_by: int | None = None
+        self._stopped_at = 0.0
         self.shows = processes.is_first()
         self._display = _Silent() if not self.shows else _Bars() if sys.stderr.isatty() else _Lines()
+
+    @property
+    def stopping(self) -> bool:
+        """Whether a signal has asked to stop."""
+        return self._stopped_by is not None
 
     def run_started(self, folder: Path, node_id: str) -> None:
         super().run_started(folder, node_id)
@@ -57,9 +66,9 @@ class ConsoleHost(ProgramHost):
     def check_interrupt(self) -> None:
         pulse.tell()
         if processes.count() == 1:  # of many, none may leave while others wait for it
-            self.check_before_node()
+            self.check_together()
 
-    def check_before_node(self) -> None:
+    def check_together(self) -> None:
         if self._stopped_by is not None:
             error = Interrupted("stopped")
             error.exit_status = 128 + self._stopped_by
@@ -69,15 +78,18 @@ class ConsoleHost(ProgramHost):
     def running(self) -> Iterator[None]:
         """While the block runs, a first SIGINT or SIGTERM asks to stop at the next micro-batch, a second stops at once.
 
-        The second raises StoppedAtOnce, from wherever the program is.
+        The second raises StoppedAtOnce, from wherever the program is. Of several processes each is told by its launcher, and often by whoever stopped
+        that one too (Slurm and systemd tell all processes of a job): what comes so soon after the first is the first.
         """
 
         def stop(signum: int, frame: Any) -> None:
             if self._stopped_by is not None:
+                if time.monotonic() < self._stopped_at + _TOLD_TWICE and processes.count() > 1:
+                    return
                 raise StoppedAtOnce(signum)
-            self._stopped_by = signum
+            self._stopped_by, self._stopped_at = signum, time.monotonic()
             if self.shows:  # not print: the signal may have come in the middle of one
-                os.write(2, b"\nstopping after this %s; once more stops at once\n" % (b"micro-batch" if processes.count() == 1 else b"node"))
+                os.write(2, b"\nstopping after this micro-batch; once more stops at once\n")
 
         previous = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)}
         try:

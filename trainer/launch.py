@@ -23,7 +23,8 @@ from comfy_dancegrpo.processes import AGAIN, LAUNCHER, started
 _OTHERS = ("TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION")  # by which torchrun and accelerate launch are known
 _KILL = getattr(signal, "SIGKILL", signal.SIGTERM)  # Windows has the latter alone
 _STOPPED = (Interrupted.exit_status, 128 + signal.SIGTERM)
-GRACE = 12.0  # seconds that the others get to end by themselves when one has failed, and again after they were told to
+GRACE = 9.0  # seconds that the others get to end by themselves when one has failed, again after they were told to, and after they were told to at once
+KEEPING = 600.0  # seconds that one gets beyond that which writes what is to be left of the run
 _LOOK = 0.5  # seconds between two looks whether the launcher is there
 
 
@@ -127,13 +128,17 @@ class Pulses:
         print(f"dancegrpo: nothing has moved for {self._timeout:g} s (--hang-timeout): ended {names}{others}{self._resume(run)}", file=sys.stderr, flush=True)
         return [children[rank] for rank in self.hung]
 
+    def keeping(self) -> list[int]:
+        """Those that write, or wrote when they ended, what is to be left of the run."""
+        return [rank for rank, told in pulse.read(self.folder).items() if told.get("keeps")]
+
 
 def _listed(ranks: list[int]) -> str:
     return ("process " if len(ranks) == 1 else "processes ") + ", ".join(map(str, ranks))
 
 
 def _watch(children: list[subprocess.Popen], told: list[int], pulses: Pulses) -> int:
-    failed, since, handled, warned = None, 0.0, 0, False
+    failed, since, deadline, urged, handled = None, 0.0, 0.0, 0, 0
     while None in [child.poll() for child in children]:  # all are asked: what `any` leaves out would not be known to have failed
         for signum in told[handled:]:
             handled += 1
@@ -142,12 +147,13 @@ def _watch(children: list[subprocess.Popen], told: list[int], pulses: Pulses) ->
             _end(pulses.find_hung(children), _KILL)
             if (failed := _first_failed(children, told, pulses.hung)) is not None:
                 since = time.monotonic()
-        if failed is not None and time.monotonic() > since + GRACE:
-            if not warned:
-                warned = True
-                _end(children, signal.SIGTERM)
-            elif time.monotonic() > since + 2 * GRACE:
-                _end(children, _KILL)
+                deadline = since + GRACE
+        if failed is not None and time.monotonic() > deadline:
+            keeping = time.monotonic() < since + KEEPING and any(children[rank].poll() is None for rank in pulses.keeping())
+            if not keeping:
+                _end(children, signal.SIGTERM if urged < 2 else _KILL)
+                urged += 1
+            deadline = time.monotonic() + GRACE
         time.sleep(0.05)
     failed = failed or _first_failed(children, told, pulses.hung)
     if any(child.returncode == AGAIN for child in children):
@@ -185,8 +191,11 @@ def _free_port() -> int:
         return free.getsockname()[1]
 
 
-def end_with_the_launcher() -> None:
-    """In a process that a launcher started: ends it when that one is gone, killed and so unable to end it."""
+def end_with_the_launcher(stopping: Callable[[], bool]) -> None:
+    """In a process that a launcher started: ends it when that one is gone, killed and so unable to end it.
+
+    Where it is `stopping` by itself it may do so: Ctrl-C reaches accelerate launch too, which does not wait for the one process that it started.
+    """
     launcher = os.environ.pop(LAUNCHER, "")
     if not launcher.isdigit():
         if not any(name in os.environ for name in _OTHERS):
@@ -195,6 +204,9 @@ def end_with_the_launcher() -> None:
 
     def watch() -> None:
         while not _gone(int(launcher)):
+            time.sleep(_LOOK)
+        until = time.monotonic() + KEEPING
+        while stopping() and time.monotonic() < until:
             time.sleep(_LOOK)
         os._exit(128 + signal.SIGTERM)
 

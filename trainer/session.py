@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import shlex
 import subprocess
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from comfy_dancegrpo.addresses import Place
-from comfy_dancegrpo import processes
+from comfy_dancegrpo import processes, pulse
 from comfy_dancegrpo.errors import WorkflowError
 from comfy_dancegrpo.runs import trackers
 from comfy_dancegrpo.workflow.host import use
@@ -41,6 +41,7 @@ class Options:
     resume: bool = False
     processes: int | None = None
     config: Path | None = None
+    hang_timeout: float | None = None
     storage: str | None = None
     spool: Path | None = None
 
@@ -158,10 +159,23 @@ def asked_by(prompt: dict[str, Any], registry: dict[str, type]) -> int | None:
     return max((count for count in asked if isinstance(count, int) and count > 1), default=None)
 
 
-def resume_command(host: ConsoleHost, workflow: Path, options: Options) -> str:
-    """The command that goes on with the host's run: the options as given, the run's name, and --resume where Loop Start is not told that."""
-    words = ["dancegrpo", "run", str(workflow), "--output", options.storage or str(options.output), "--run", host.run_folder.name]
-    words += options.words("spool", "input", "models", "extra_model_paths", "comfyui", "iterations", "seed", "processes", "config", "allow_host")
+def how_to_resume(host: ConsoleHost, workflow: Path, options: Options) -> str:
+    """The end of a line: the command that goes on with the host's run, started as it was.
+
+    The options as given, the run's name, and --resume where Loop Start is not told that. What torchrun or accelerate launch started on this machine
+    alone the program starts as well; of several machines, or of accelerate's own configuration, the launcher's words are not known here.
+    """
+    by_another = pulse.FOLDER not in os.environ and (processes.started() or 1) > 1 and options.config is None
+    ours = by_another and os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE") and not processes.sharded()
+    if ours:
+        options = replace(options, processes=processes.started())
+    command = _command(host, workflow, options)
+    return f"; resume by the same launcher with: -m comfy_dancegrpo.trainer {command}" if by_another and not ours else f"; resume with: dancegrpo {command}"
+
+
+def _command(host: ConsoleHost, workflow: Path, options: Options) -> str:
+    words = ["run", str(workflow), "--output", options.storage or str(options.output), "--run", host.run_folder.name]
+    words += options.words("spool", "input", "models", "extra_model_paths", "comfyui", "iterations", "seed", "processes", "config", "hang_timeout", "allow_host")
     words += [word for value in options.overrides for word in ("--set", value)] + options.words("track")
     told = [host.prompt[start]["inputs"].get("on_existing", "resume") for start in loop_starts(host.prompt, host.registry)]
     if options.resume or any(value != "resume" for value in told):

@@ -104,18 +104,21 @@ class Learner:
 
     # -- checkpoints ------------------------------------------------------------------------------------------------
     def state(self) -> dict[str, Tensor]:
-        """Everything that the next iteration depends on, as one flat dictionary of tensors; what is sharded has the first process alone."""
-        tensors = {f"parameters.{name}": sharding.whole(p) for name, p in self.parameters.items()}
-        for name, value in (self.ema or {}).items():
-            tensors[f"ema.{name}"] = sharding.whole(value)
+        """Everything that the next iteration depends on, as one flat dictionary of tensors, in the first process; all must call it.
+
+        The others have what `result` takes of it, and of what is sharded nothing: on one machine so many copies of a whole model would not fit.
+        """
+        values = {f"parameters.{name}": p for name, p in self.parameters.items()} | {f"ema.{name}": value for name, value in (self.ema or {}).items()}
         groups = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.state_dict()["param_groups"]]
         numbers: dict[str, dict] = {}  # what an optimizer keeps beside tensors, such as a count of its steps
         for name, p in self.parameters.items():
             for key, value in self.optimizer.state.get(p, {}).items():
                 if isinstance(value, Tensor):
-                    tensors[f"{_SLOT}{key}.{name}"] = sharding.whole(value)
+                    values[f"{_SLOT}{key}.{name}"] = value
                 else:
                     numbers.setdefault(name, {})[key] = value
+        taken = self._result if not processes.is_first() else ""
+        tensors = {name: sharding.whole(value) for name, value in values.items() if name.startswith(taken) or sharding.is_part(value)}
         tensors[_REST] = _packed({"groups": groups, "numbers": numbers})
         tensors["version"], tensors["skipped"] = torch.tensor(self.version[1]), torch.tensor(self.skipped)
         if self.history:
@@ -124,8 +127,18 @@ class Learner:
 
     def result(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """What a state is saved and evaluated as, by parameter, float32: the moving average where it is on."""
-        prefix = "ema." if self.ema is not None else "parameters."
-        return {name.removeprefix(prefix): value.float() for name, value in state.items() if name.startswith(prefix)}
+        return {name.removeprefix(self._result): value.float() for name, value in state.items() if name.startswith(self._result)}
+
+    @property
+    def _result(self) -> str:
+        return "ema." if self.ema is not None else "parameters."
+
+    def strayed(self) -> list[int]:
+        """The processes whose parameters are not the first's, bit for bit; those in parts are left out, and all must call it."""
+        if processes.count() == 1:
+            return []
+        sums = processes.all_of([_bits(p) for p in self.parameters.values() if not sharding.is_part(p)])
+        return [rank for rank, of_one in enumerate(sums) if of_one != sums[0]]
 
     @torch.no_grad()
     def load_state(self, tensors: dict[str, Tensor]) -> None:
@@ -166,6 +179,12 @@ class Learner:
 def _known(tensors: dict[str, Tensor | None]) -> dict[str, Tensor]:
     """Without those that another process has."""
     return {name: value for name, value in tensors.items() if value is not None}
+
+
+def _bits(tensor: Tensor) -> tuple[int, int]:
+    """Of its numbers, as the integers that their bits are: the sum, and that of the squares, for changes may add up to nothing in the one."""
+    bits = tensor.detach().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]).long()
+    return int(bits.sum()), int(bits.square().sum())
 
 
 def _packed(value: Mapping) -> Tensor:

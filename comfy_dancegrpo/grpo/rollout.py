@@ -137,7 +137,7 @@ def sample(policy: Denoiser, request: Request, conditioning: Conditioning, plan:
     return Rollout(
         prompts=tuple(request.prompts[g] for g in request.groups.tolist()), groups=request.groups, indices=request.indices, places=work.places,
         order=work.order, noisy=work.noisy, common=work.common, conditioning=conditioning, plan=plan,
-        states=walk.states[:count] if record and count else plan.grid.levels.new_zeros(0), log_probs=walk.log_probs[:count], pictures=drawn,
+        states=walk.states[:count] if record else plan.grid.levels.new_zeros(0), log_probs=walk.log_probs[:count], pictures=drawn,
         every_picture=processes.gathered(drawn, work.places, len(request.groups), everywhere=False) if processes.count() > 1 else drawn,
         version=version, seed=request.seed, iteration=request.iteration, micro_batch=request.micro_batch,
         calls=sum(processes.all_of(walk.calls), CallCount()), seconds=seconds,

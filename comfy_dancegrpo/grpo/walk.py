@@ -100,6 +100,7 @@ class Walk:
         """
         table, plan = timetable(ways, self.size), self.work.plan
         for call in table + [[]] * (max(processes.all_of(len(table))) - len(table)):
+            processes.check_interrupt()  # here, where all are at the same call: when samples are finished differs
             padded = call or [(0, 0)]
             rows, steps = torch.tensor(padded + padded[-1:] * (self.size - len(padded))).T
             noisy, of = self.work.noisy[groups[rows], steps].to(x.device), groups[rows].to(x.device)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from .. import processes
+from .. import processes, pulse
 from ..errors import OutOfMemory, RunError
 from ..grpo.learner import Learner, OptimizerSettings
 from ..grpo.noise import generator
@@ -238,8 +238,17 @@ class Session:
         self.live.state, self._done = self.live.learner.state(), self._done + 1
         if self.first_reward is None:
             self.first_reward = row["reward_mean"]
+        if self._due and (strayed := self.live.learner.strayed()):
+            host().say(f"WARNING: iteration {self._done}: the weights in training are not the same in all processes: those of "
+                       f"{', '.join(map(str, strayed))} differ from those of 0, which are kept; a run that is resumed has those in all")
         processes.on_first(lambda: self._keep_iteration(row, stats), told=False)
         host().run_moved(self.folder.path, self._done, self.settings.iterations)
+
+    @property
+    def _due(self) -> bool:
+        """Whether a checkpoint is, of the iteration that has just ended."""
+        every = self.settings.checkpoint_every
+        return self.finished or bool(every) and self._done % every == 0
 
     def _measure(self, stats: UpdateStats) -> dict:
         """The iteration's row, written to the metrics."""
@@ -252,11 +261,10 @@ class Session:
 
     def _keep_iteration(self, row: dict, stats: UpdateStats) -> None:
         """A checkpoint when one is due, and what people are shown."""
-        every = self.settings.checkpoint_every
         pictures = history.keep(self.folder, self._done, stats)
         self._trackers.log(row, self.watch.rows, pictures, str(stats.advantages.scores.rollout.prompts[0]))  # before the checkpoint that makes it final
         self._writer.check()
-        if self.finished or (every and self._done % every == 0):
+        if self._due:
             self._save("finished" if self.finished else "running")
         if stats.ratio_deviation > self.ratio_limit(stats):
             host().say(f"WARNING: iteration {self._done}: ratio deviation {stats.ratio_deviation:.1e}, accepted: "
@@ -339,6 +347,7 @@ class Session:
             steps.callback(self._let_go)
             # no word to the others, who may be gone: each that fails ends by itself, and the first has all that is to be kept
             if processes.is_first():
+                steps.enter_context(pulse.keeping())
                 steps.callback(self._tell_the_end, asked_twice=kind is not None and issubclass(kind, KeyboardInterrupt))
                 steps.callback(live.forget_stop, self.folder)
                 if kind is not None or not self.finished:

@@ -26,17 +26,6 @@ def _here(make: Callable[[], Any], told: bool = True) -> Any:
     return make()
 
 
-def _check_interrupt() -> None:
-    """Every process stops before the same node, whichever of them was told to."""
-    try:
-        host().check_before_node()
-    except Interrupted:
-        processes.any_of(True)
-        raise
-    if processes.any_of(False):
-        raise Interrupted("stopped")
-
-
 def execute(prompt: Prompt, registry: Mapping[str, type], outputs: Iterable[str] | None = None, wanted: Iterable[Link] = (),
             preset: Mapping[Link, list] | None = None, extra_pnginfo: Any = None) -> dict[Link, list]:
     """Runs `prompt` once; see `Executor.run`."""
@@ -162,7 +151,7 @@ class _Run:
         try:
             returned = self.grafts.pop(node_id, None)
             if returned is None:
-                _check_interrupt()
+                processes.check_interrupt()
                 returned = self._call(node_id)
                 if returned is None:
                     return False

@@ -133,8 +133,8 @@ class Host:
     def check_interrupt(self) -> None:
         """Raises `errors.Interrupted` when the user asked to stop; called once a micro-batch."""
 
-    def check_before_node(self) -> None:
-        """The same, called before every node: by all processes at the same one, where there are several."""
+    def check_together(self) -> None:
+        """The same where there are several processes, which all call it equally often: before every node and once a micro-batch."""
         self.check_interrupt()
 
     def workflow_started(self, prompt: dict[str, dict], extra_pnginfo: dict[str, Any] | None) -> None:
