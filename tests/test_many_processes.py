@@ -91,7 +91,8 @@ def test_any_number_of_processes_trains_alike(count, alone, tmp_path):
         assert found["strayed"] == [[], [count - 1]]
         assert found["stats"]["transitions"] == alone["stats"]["transitions"]
         calls, calls_alone = found["stats"]["calls"], alone["stats"]["calls"]
-        assert calls.forward - calls.padded + calls.backward == calls_alone.forward - calls_alone.padded + calls_alone.backward
+        inputs, inputs_alone = (of.forward - of.padded + of.backward for of in (calls, calls_alone))
+        assert inputs_alone <= inputs <= found["stats"]["transitions"]  # what a group has in common is computed by each process that has some of it
     print(f"{count} processes: gradient off by {distance(every[0]['gradient'], alone['gradient']):.1e}, LoRA by {distance(every[0]['lora'], alone['lora']):.1e}")
 
 
