@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from comfy_dancegrpo import processes
+from comfy_dancegrpo import processes, pulse
 from comfy_dancegrpo.errors import RunError, WorkflowError
 from comfy_dancegrpo.runs import storage
 
@@ -52,4 +52,5 @@ def stored(host: Host) -> Iterator[None]:
 def _close(host: Host) -> str:
     if host.storage is None:
         return ""
-    return host.storage.close()
+    with pulse.keeping():
+        return host.storage.close()
