@@ -19,7 +19,6 @@ from comfy_dancegrpo.grpo.advantages import combine
 from comfy_dancegrpo.grpo.groups import PER_PROMPT
 from comfy_dancegrpo.grpo.objectives import clipped
 from comfy_dancegrpo.grpo.protocol import Column, Scores
-from comfy_dancegrpo.grpo.rollout import sample
 from comfy_dancegrpo.grpo.schedules import FALLING, share
 from comfy_dancegrpo.grpo.update import NotFinite, StaleRollout, chosen_transitions, input_of, shares, update
 

@@ -27,6 +27,7 @@ from ..prompts import PromptList
 from ..rewards.early import Scoring
 from ..workflow.host import host
 from . import checkpoints, environment, history, live, metrics, picture_statistics, report
+from .advice import Advice, see
 from .folder import RunFolder, claim
 from .prompt_cache import PromptCache
 from .trackers import Trackers
@@ -105,6 +106,7 @@ class Session:
         self._seconds: deque[float] = deque(maxlen=20)  # of the last iterations
         self._writer, self._held_up = checkpoints.Writer(), 0.0  # seconds that checkpoints have held up the training since the last row
         self.first_reward: float | None = None
+        self._advice = Advice(settings.prompts_per_iteration)
         self._restarts = False  # after an error: with half the micro-batch
 
     def __enter__(self) -> Session:
@@ -196,6 +198,7 @@ class Session:
                 host().say(f"run {self.folder.name!r} in {self.folder.path} goes on after iteration {done}")
         metrics.cut_after(self.folder.metrics, done)
         rows = metrics.read(self.folder.metrics)
+        self._advice.follow(rows)
         if [row["iteration"] for row in rows] != list(range(1, done + 1)):
             host().say(f"{self.folder.metrics} lacks rows: it has {len(rows)} of {done} iterations")
         return found and found[:2], self.watch.rows, rows[0]["reward_mean"] if rows else None
@@ -268,10 +271,13 @@ class Session:
             self._save("finished" if self.finished else "running")
         if stats.ratio_deviation > self.ratio_limit(stats):
             host().say(f"WARNING: iteration {self._done}: ratio deviation {stats.ratio_deviation:.1e}, accepted: "
-                       f"{self.ratio_limit(stats):g}; the replay differs from the rollout, so the gradient is of something else")
+                       f"{self.ratio_limit(stats):g}; the replay differs from the rollout, so the gradient is of something else; "
+                       f"{see('the-ratio-is-not-one')}")
         if stats.skipped_steps:
             host().say(f"WARNING: iteration {self._done}: optimizer steps skipped, whose loss or gradient is NaN or infinite: {stats.skipped_steps} "
-                       f"({self.live.learner.skipped} in a row by now)")
+                       f"({self.live.learner.skipped} in a row by now); {see('steps-that-are-no-number')}")
+        for line in self._advice.of(row):
+            host().say(f"WARNING: {line}")
         self._seconds.append(row["seconds"]["total"])
         left = sum(self._seconds) / len(self._seconds) * (self.settings.iterations - self._done)
         live.write(self.folder, self._done, self.settings.iterations, left, stats)
