@@ -133,9 +133,19 @@ def end() -> None:
 
 
 # -- shares of the work -------------------------------------------------------------------------------------------------------
+def team_size() -> int:
+    """How many processes draw each sample together (`context`); they follow one another in number."""
+    return min(host().context_parallel, count())
+
+
+def teams() -> int:
+    """How many teams there are."""
+    return count() // team_size()
+
+
 def share(items: list[T]) -> list[T]:
-    """This process's part of a list that all have alike: every `count()`-th, from its own number on."""
-    return items[rank()::count()]
+    """This process's part of a list that all have alike, which is its team's: every `teams()`-th, from the team's own number on."""
+    return items[rank() // team_size()::teams()]
 
 
 # -- collectives --------------------------------------------------------------------------------------------------------------
@@ -231,10 +241,12 @@ def gathered(rows: Tensor, places: Tensor, total: int, everywhere: bool = True) 
     """[total, ...] on the CPU: its row `places[k]` is some process's `rows[k]`. Each place is held by one process.
 
     In every process, or with everywhere=False in the first alone, None in the others. Processes may hold different numbers of rows,
-    also none, and then tell neither their shape nor their dtype. Raises `RunError`, in all, where a place is held by none or by several.
+    also none, and then tell neither their shape nor their dtype. Of a team the first tells. Raises `RunError`, in all, where a place is held by none or by several.
     """
     if count() == 1:
         return _placed([(rows, places)], total)
+    if rank() % team_size():
+        rows, places = rows[:0], places[:0]
     import torch
     import torch.distributed as dist
 
@@ -295,6 +307,11 @@ def all_of(value: T) -> list[T]:
     with _talking():
         dist.all_gather_object(values, value, group=_talk())
     return values
+
+
+def all_teams_of(value: T) -> list[T]:
+    """Of each team the value of its first process, in their order: for what a team does together, and is to count once."""
+    return all_of(value)[::team_size()]
 
 
 @functools.cache

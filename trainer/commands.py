@@ -56,6 +56,7 @@ def run(workflow: Workflow, output: OutputOrAddress = "output", models: Models =
         track: Annotated[Optional[list[str]], typer.Option(metavar="NAME", show_default=False,
                                                            help="Logs the run: tensorboard, wandb, or another of accelerate's trackers. Repeatable.")] = None,
         resume: Annotated[bool, typer.Option("--resume", help="Goes on with the run of that name, as Loop Start's on_existing=resume does.")] = False,
+        context_parallel: Annotated[Optional[int], typer.Option(min=1, help="How many of them draw each sample together, each a part of its tokens: for long videos.", show_default=False)] = None,
         hang_timeout: Annotated[float, typer.Option(min=1.0, metavar="SECONDS", help="Ends processes none of which has moved for so long.")] = HANG_TIMEOUT,
         spool: Annotated[Optional[Path], typer.Option(metavar="FOLDER", help="Where runs of an address are trained: a folder of your cache.", show_default=False)] = None,
         tell: Annotated[Optional[Path], typer.Option(hidden=True, help="Tells the one that started it, which wrote this file, in JSON.")] = None,
@@ -72,7 +73,7 @@ def run(workflow: Workflow, output: OutputOrAddress = "output", models: Models =
     launch.end_with_the_launcher(lambda: host is not None and host.stopping)
     folder, address = placed(output, spool)
     options = Options(folder, input, models, extra_model_paths, comfyui, run, iterations, seed, set_ or [], allow_host or [], track or [], resume,
-                      processes, config, hang_timeout if hang_timeout != HANG_TIMEOUT else None, address, spool)
+                      processes, config, hang_timeout if hang_timeout != HANG_TIMEOUT else None, address, spool, context_parallel)
 
     def how() -> str:
         return how_to_resume(host, workflow, options) if host and host.run_folder else ""

@@ -44,6 +44,7 @@ class Options:
     hang_timeout: float | None = None
     storage: str | None = None
     spool: Path | None = None
+    context_parallel: int | None = None
 
     def words(self, *names: str) -> list[str]:
         """What was said of these options, as it is said again."""
@@ -79,6 +80,7 @@ def make_host(options: Options, kind: type[HostT] = ConsoleHost) -> tuple[HostT,
     nodes = _collect(options, input, paths)
     host = kind(nodes.registry, options.output, input, paths, nodes.lent)
     host.allowed_hosts, host.trackers = tuple(map(_checked_host, options.allow_host)), tuple(options.track)
+    host.context_parallel = options.context_parallel or 1
     storing.give(host, options)
     return host, nodes
 
@@ -175,7 +177,7 @@ def how_to_resume(host: ConsoleHost, workflow: Path, options: Options) -> str:
 
 def _command(host: ConsoleHost, workflow: Path, options: Options) -> str:
     words = ["run", str(workflow), "--output", options.storage or str(options.output), "--run", host.run_folder.name]
-    words += options.words("spool", "input", "models", "extra_model_paths", "comfyui", "iterations", "seed", "processes", "config", "hang_timeout", "allow_host")
+    words += options.words("spool", "input", "models", "extra_model_paths", "comfyui", "iterations", "seed", "processes", "config", "context_parallel", "hang_timeout", "allow_host")
     words += [word for value in options.overrides for word in ("--set", value)] + options.words("track")
     told = [host.prompt[start]["inputs"].get("on_existing", "resume") for start in loop_starts(host.prompt, host.registry)]
     if options.resume or any(value != "resume" for value in told):

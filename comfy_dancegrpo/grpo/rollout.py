@@ -77,7 +77,7 @@ class Work:
     @functools.cached_property
     def places(self) -> Tensor:
         """Evenly spread over `order`, so that no process waits in Update; whole groups where those can be spread evenly."""
-        even = self.whole_groups and len(self.request.prompts) % processes.count() == 0
+        even = self.whole_groups and len(self.request.prompts) % processes.teams() == 0
         size = self.request.group_size if even else 1
         own = processes.share([self.order[k:k + size] for k in range(0, len(self.order), size)])
         return torch.tensor(sorted(n for unit in own for n in unit), dtype=torch.int64)
@@ -140,5 +140,5 @@ def sample(policy: Denoiser, request: Request, conditioning: Conditioning, plan:
         states=walk.states[:count] if record else plan.grid.levels.new_zeros(0), log_probs=walk.log_probs[:count], pictures=drawn,
         every_picture=processes.gathered(drawn, work.places, len(request.groups), everywhere=False) if processes.count() > 1 else drawn,
         version=version, seed=request.seed, iteration=request.iteration, micro_batch=request.micro_batch,
-        calls=sum(processes.all_of(walk.calls), CallCount()), seconds=seconds,
+        calls=sum(processes.all_teams_of(walk.calls), CallCount()), seconds=seconds,
     )

@@ -168,7 +168,7 @@ def update(learner: Learner, advantages: Advantages, settings: UpdateSettings,
     every = Seen(*(_of_all([getattr(of_call, name) for of_call in taken]) for name in Seen._fields))
     first = _of_all([of_call.ratios for of_call in seen[0]] if seen else [])
     first = first[first.isfinite()]
-    calls = sum(processes.all_of(calls), CallCount())
+    calls = sum(processes.all_teams_of(calls), CallCount())
     deviation = (first - 1).abs().max().item() if len(first) else 0.0
     if not norms:
         return UpdateStats(0.0, deviation, 0.0, 0.0, 0.0, learning_rate, 0, calls, time.perf_counter() - start, settings.clip_range, advantages, len(skipped))
@@ -213,7 +213,7 @@ def _sum_gradients(learner: Learner) -> None:
 
 def _of_all(parts: list[Tensor]) -> Tensor:
     """[M] float64 on the CPU: those of every process, one after another; float32 has no digit left of rho - 1 - log(rho) where rho is near 1."""
-    return torch.cat(processes.all_of(torch.cat(parts).cpu().double() if parts else torch.zeros(0, dtype=torch.float64)))
+    return torch.cat(processes.all_teams_of(torch.cat(parts).cpu().double() if parts else torch.zeros(0, dtype=torch.float64)))
 
 
 def _by_input(rollout: Rollout, pairs: list[Pair]) -> list[list[Pair]]:

@@ -15,7 +15,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from PIL.Image import Image
 from torch import Tensor
 
-from .. import embedded, processes, sharding
+from .. import context, embedded, processes, sharding
 from ..errors import RunError
 from ..grpo.protocol import NEGATIVE, Conditioning, SamplingPlan, Size, TimeGrid
 from ..workflow.host import host
@@ -32,6 +32,7 @@ class Policy(abc.ABC):
     the prompt (and not an input of the model), with `negative_text`. lora_targets: choices of modules that take a LoRA, by name, as
     regular expressions. lora_layout: the key names of its LoRA files, one of `lora.layouts`. load_options: more for the pipeline's `from_pretrained`.
     diffusers_from: the first version that calls its model as we do. needs_picture: whether every prompt must have one.
+    context_parallel: whether its tokens may be spread over processes (`context`), which diffusers must have a plan for.
     """
 
     process = "flow"
@@ -43,6 +44,7 @@ class Policy(abc.ABC):
     load_options: dict = {}
     diffusers_from = "0.35"
     needs_picture = False
+    context_parallel = False
     sources: tuple[Path, ...] = ()  # the folders and files that it was loaded from
     prompt_cache = "memory"
     quantized = "none"  # how the denoisers are, one of quantization.KINDS
@@ -65,6 +67,7 @@ class Policy(abc.ABC):
             pipeline.set_progress_bar_config(disable=True)
             policy = cls(name, pipeline, torch_dtype)
             sharding.shard(policy)  # before a whole denoiser is on a device
+            context.split(policy)
         host().load(policy)
         return policy
 

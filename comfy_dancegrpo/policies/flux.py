@@ -22,6 +22,7 @@ _FEED_FORWARD = r"(ff|ff_context)\.net\.(0\.proj|2)|proj_mlp|proj_out"
 
 class Flux(Policy):
     pipeline_class = FluxPipeline
+    context_parallel = True
     lora_targets = {
         "attention": f"{_BLOCKS}({_ATTENTION})",
         "attention and feed-forward": f"{_BLOCKS}({_ATTENTION}|{_FEED_FORWARD})",

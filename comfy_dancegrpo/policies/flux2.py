@@ -28,6 +28,7 @@ _FEED_FORWARD = r"(ff|ff_context)\.linear_(in|out)"
 
 class Flux2(Policy):
     pipeline_class = Flux2Pipeline
+    context_parallel = True
     lora_targets = {  # in its single blocks attention and feed-forward are one layer
         "attention": f"{_DOUBLE}{_ATTENTION}|{_SINGLE}",
         "attention and feed-forward": f"{_DOUBLE}({_ATTENTION}|{_FEED_FORWARD})|{_SINGLE}",

@@ -26,6 +26,7 @@ _LENGTH = 512  # of a prompt in tokens, as the model was trained; its attention 
 
 class Wan(Policy):
     pipeline_class = WanPipeline
+    context_parallel = True
     classifier_free = True
     lora_layout = "wan"
     lora_targets = {

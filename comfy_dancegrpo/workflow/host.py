@@ -50,7 +50,8 @@ class Host:
 
     `registry` maps a node's class type to its class, as ComfyUI's NODE_CLASS_MAPPINGS does. `workflow_source` and `prompt` are
     the workflow as given (its JSON, in bytes) and as executed, where known; `run_folder` is where a run writes, once it started;
-    `trackers` are the user's, besides those of the settings; `storage` keeps the runs of the output folder elsewhere too;
+    `trackers` are the user's, besides those of the settings; `storage` keeps the runs of the output folder elsewhere too; of several
+    processes, so many as `context_parallel` draw each sample together;
     `preview_folder` is where previews go that a page fetches as files of type "temp", on a host that has pages; `allowed_hosts`
     are those that rewards may call besides the ones of the user's settings.
     """
@@ -68,6 +69,7 @@ class Host:
         self.allowed_hosts: tuple[str, ...] = ()
         self.trackers: tuple[str, ...] = ()
         self.storage: Storage | None = None
+        self.context_parallel = 1
 
     def model_folders(self, kind: str) -> list[Path]:
         """The folders searched for models of a kind ("diffusers", "checkpoints", "reward_models", "loras"), best first."""
