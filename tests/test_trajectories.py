@@ -1,5 +1,6 @@
 """Trajectories lie in main memory: what is replayed is bit for bit what was sampled, and every tensor is where it is computed with."""
 
+import contextlib
 import dataclasses
 
 import pytest
@@ -32,27 +33,29 @@ class Linear:
         return latents.clamp(0, 1).view(-1, 1, 1, 3)
 
 
-def on(device):
+def on(device, transition="dance_sde"):
     levels = torch.linspace(1, 0, 5, device=device)
-    plan = SamplingPlan(TimeGrid(levels, levels[:-1] * 1000), "dance_sde", 0.5, 1.0, SIZE)
+    plan = SamplingPlan(TimeGrid(levels, levels[:-1] * 1000), transition, 0.5, 1.0, SIZE)
     return plan, Conditioning({"c": torch.zeros(2, 1, device=device)}), Linear(device)
 
 
-def test_replay_brings_each_micro_batch_to_the_device_that_computes():
+@pytest.mark.parametrize("transition", ["dance_sde", "flow_grpo_sde", "cps"])
+@pytest.mark.parametrize("more", [{}, {"objective": "grpo_guard", "kl_weight": 0.1}, {"objective": "reinforce"}], ids=lambda more: more.get("objective", "clipped"))
+def test_replay_brings_each_micro_batch_to_the_device_that_computes(transition, more):
     """With tensors that have a device and no content: where two of different devices meet, torch raises, and a GPU is not needed."""
-    plan, conditioning, policy = on("cpu")
+    plan, conditioning, policy = on("cpu", transition)
     rollout = sample(policy, Request(("a", "b"), 3, (3,), seed=0, iteration=0, micro_batch=4), conditioning, plan, ("run", 0))
     advantages = combine(Scores(rollout, (Column("toy", 1.0, torch.arange(6.0)),)))
     assert rollout.states.device.type == "cpu" and rollout.states.shape == (6, 4, 3)
-    plan, conditioning, policy = on("meta")
+    plan, conditioning, policy = on("meta", transition)
     there = dataclasses.replace(rollout, plan=plan, conditioning=conditioning, log_probs=rollout.log_probs.to("meta"))
-    learner = Learner(policy, {"weight": policy.weight}, OptimizerSettings(), "run")
+    learner = Learner(policy, {"weight": policy.weight}, OptimizerSettings(), "run", reference=contextlib.nullcontext)
     advantages = dataclasses.replace(advantages, scores=dataclasses.replace(advantages.scores, rollout=there))
     pairs, calls = [(n, t) for n in range(6) for t in range(3)], CallCount()
     served = updating._by_input(there, pairs)
     with torch.enable_grad():
-        found = list(updating._accumulate(learner, advantages, pairs, served, {n: n for n in range(6)}, 5, SETTINGS, calls, moved=False))
-    assert len(served) == 2 + 6 * 2 and calls.backward == 20 and len(found) == 5 and policy.weight.grad.device.type == "meta"
+        found = list(updating._accumulate(learner, advantages, pairs, served, {n: n for n in range(6)}, 5, dataclasses.replace(SETTINGS, **more), calls, moved=False))
+    assert len(served) == 2 + 6 * 2 and calls.backward == 20 and calls.forward == (20 if "kl_weight" in more else 0) and len(found) == 5 and policy.weight.grad.device.type == "meta"
     with pytest.raises(RuntimeError, match="device"):
         there.states * plan.grid.levels[:4, None]  # or the check above could not fail
 

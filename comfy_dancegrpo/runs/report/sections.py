@@ -14,7 +14,7 @@ from .html import Markup, escaped, figure, joined, picture, section, table, tag
 from .style import PHASES
 
 HEALTH = {"group_std": "spread within groups", "clip_fraction": "share of clipped ratios", "approx_kl": "KL divergence from the rollout's policy, estimated",
-          "grad_norm": "gradient norm", "ratio_deviation": "ratio deviation (replay against rollout, must be 0 in float32)", "learning_rate": "learning rate"}
+          "reference_kl": "KL divergence from the policy before training", "grad_norm": "gradient norm", "ratio_deviation": "ratio deviation (replay against rollout, must be 0 in float32)", "learning_rate": "learning rate"}
 FAULTS = {"skipped_steps": "optimizer steps skipped (loss or gradient no number)", "flat_groups": "groups without spread, which train nothing"}  # where there were any
 STATISTICS = {"sharpness": "sharpness of the pictures", "saturation": "saturation", "grid": "grid artefacts, dB", "near_duplicates": "near-duplicates in groups"}
 PHASE_NAMES = {"denoise": "sampling (denoiser)", "decode": "decoding pictures", "reward": "rewards", "update": "training", "encode": "encoding prompts",
