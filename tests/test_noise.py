@@ -7,7 +7,7 @@ import torch
 
 from comfy_dancegrpo.grpo.noise import generator
 from comfy_dancegrpo.grpo.protocol import Conditioning, SamplingPlan, Size, TimeGrid
-from comfy_dancegrpo.grpo.rollout import Request, initial_noise, sample
+from comfy_dancegrpo.grpo.rollout import Request, decoded, initial_noise, sample
 from comfy_dancegrpo.runs.session import prompts_of
 
 REQUEST = Request(("a", "b", "c"), 4, (5,), seed=3, iteration=2)
@@ -116,3 +116,11 @@ def test_the_order_of_the_prompts_is_that_of_the_seed():
     prompts = tuple("abcdefgh")
     assert prompts_of(3, prompts, 4, seed=1) == prompts_of(3, prompts, 4, seed=1)
     assert [prompts_of(k, prompts, 4, seed=1) for k in range(4)] != [prompts_of(k, prompts, 4, seed=2) for k in range(4)]
+
+
+def test_small_pictures_are_decoded_together_and_large_ones_alone():
+    for size, parts in ((Size(64, 64), [8, 2]), (Size(128, 128), [2] * 5), (Size(512, 512), [1] * 10), (Size(64, 64, 5), [1] * 10)):
+        seen, latents = [], torch.arange(10.0)
+        plan = SamplingPlan(None, size=size)
+        decoder = type("Decoder", (), {"decode": staticmethod(lambda part, plan: seen.append(len(part)) or part)})
+        assert torch.equal(decoded(decoder, latents, plan), latents) and seen == parts

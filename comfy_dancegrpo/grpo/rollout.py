@@ -18,6 +18,9 @@ from .transitions import TRANSITIONS
 from .walk import Walk
 
 
+DECODED_AT_ONCE = 2**15  # pixels, at least one sample: small ones are decoded faster together, and large ones would not fit into memory
+
+
 @dataclass(frozen=True)
 class Request:
     """Which samples to draw: prompts (P texts) times group_size, in latents of `latent_shape` (without the batch).
@@ -98,6 +101,12 @@ def initial_noise(request: Request, rows: Tensor, dtype: torch.dtype = torch.flo
     ])
 
 
+def decoded(policy: Denoiser, latents: Tensor, plan: SamplingPlan) -> Tensor:
+    """The pictures or videos of latents [B, ...], some at a time."""
+    size = plan.size
+    return torch.cat([policy.decode(part, plan) for part in latents.split(max(1, DECODED_AT_ONCE // (size.height * size.width * size.frames)))])
+
+
 @torch.no_grad()
 def sample(policy: Denoiser, request: Request, conditioning: Conditioning, plan: SamplingPlan, version: tuple[str, int],
            initial: Tensor | None = None, tick: Callable[[int, int], None] = lambda done, total: None, record: bool = True,
@@ -124,7 +133,7 @@ def sample(policy: Denoiser, request: Request, conditioning: Conditioning, plan:
     for part, real in walk.finished():
         decoding = time.perf_counter()
         if real:
-            pictures.append(policy.decode(walk.x[part], plan)[:real].float().cpu())
+            pictures.append(decoded(policy, walk.x[part], plan)[:real].float().cpu())
             hand(pictures[-1])
         seconds["denoise"] += decoding - start
         start = time.perf_counter()

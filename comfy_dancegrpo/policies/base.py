@@ -54,8 +54,6 @@ class Policy(abc.ABC):
         self.name, self.pipeline, self.dtype = name, pipeline, dtype
         for module in self.modules:
             module.requires_grad_(False).eval()
-        if hasattr(getattr(pipeline, "vae", None), "use_slicing"):
-            pipeline.vae.enable_slicing()  # never tiling: its seams mislead rewards
 
     @classmethod
     def load(cls, name: str, folder: Path, dtype: str, **components) -> Policy:
