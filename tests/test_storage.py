@@ -152,6 +152,16 @@ def test_a_checkpoint_that_came_half(cli, flow, tmp_path, address, undisturbed, 
     assert equal(found(tmp_path / "b"), undisturbed)
 
 
+def test_a_finished_run_whose_last_checkpoint_is_damaged_there(cli, flow, tmp_path, address, undisturbed):
+    """The last iteration is trained again."""
+    assert cli(*flow, "--output", address, "--spool", tmp_path / "a").status == 0
+    path = f"{address.removeprefix('memory:/')}/quickstart/checkpoints/{ITERATIONS:07d}.safetensors"
+    MemoryFileSystem().pipe_file(path, MemoryFileSystem().cat_file(path)[:-1])
+    done = cli(*flow, "--resume", "--output", address, "--spool", tmp_path / "b")
+    assert done.status == 0 and any(line.endswith(f"goes on after iteration {ITERATIONS - 1}") for line in done.err), done.err
+    assert equal(found(tmp_path / "b"), undisturbed)
+
+
 def test_a_storage_that_does_not_answer_is_known_before_anything_is_trained(cli, flow, tmp_path, address, monkeypatch):
     def ls(self, path, **more):
         raise OSError("no route to host")

@@ -172,6 +172,8 @@ class Session:
             self._done = done
             learner.load_state(read[0][1] if read else {})
             self._saved = self.watch.saved = self._done
+        if self.action == "reopen" and not self.finished and not self.watch.verdict:
+            self.action = "resume"  # its last checkpoint is damaged
 
     def _read(self) -> tuple[tuple[int, dict] | None, list[dict], float | None]:
         """The newest checkpoint (iterations, tensors), the watch's rows and the first reward; what the disk has of later iterations is cut off."""
