@@ -1,6 +1,7 @@
 """An iteration of training, counted and timed, against DanceGRPO as published: denoiser calls, seconds by phase, memory, and the gradient itself.
 
     python -m benchmarks.iteration --policy embedded --device cpu --mode all --against reference
+    python -m benchmarks.iteration --formula --policy flux
     python -m benchmarks.iteration --sweep          # seconds against group, steps, prompts and pixels
     python -m benchmarks.iteration --learning       # held-out reward against denoiser calls and seconds, by mode
 
@@ -21,6 +22,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from . import formulas
 from .settings import MODES, WORKFLOWS, Setting, published
 
 PHASES = ("prompts", "denoise", "decode", "reward", "replay", "records", "total")
@@ -48,6 +50,7 @@ def parser() -> argparse.ArgumentParser:
     add("--size", help="HEIGHTxWIDTH in pixels, or HEIGHTxWIDTHxFRAMES")
     for name in ("depth", "heads", "tokens"):
         add(f"--{name}", type=int, help="of a real family, smaller than published")
+    add("--formula", action="store_true", help="the denoiser's inputs for each prompt in every mode, by the formulas alone; nothing is loaded")
     add("--sweep", action="store_true")
     add("--learning", action="store_true")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4], help="of --learning")
@@ -98,6 +101,23 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         result["gradient"] = compared
     result["ratio"] = {name: ratio(result["ours"], result[name]) for name in run if name != "ours"}
     return result
+
+
+def by_formula(options: argparse.Namespace) -> tuple[dict[str, Any], list[str], list[str]]:
+    """For each prompt, on average over what is drawn, without padding; with one optimizer step and one process."""
+    found: dict[str, Any] = {}
+    setting = setting_of(options, "all")
+    rollout, replay = formulas.reference(1, setting.group_size, setting.steps, setting.train_fraction)
+    found["as published"] = rollout.calls, replay.calls
+    for mode in MODES:
+        s = setting_of(options, mode)
+        for noise in ("shared",) if mode == "branch" else ("shared", "independent"):
+            found[f"{mode}, {noise} noise"] = formulas.expected(mode, s.group_size, s.steps, noise == "shared", s.train_fraction, s.window_size, s.noise_share)
+    whole = rollout.calls + 3 * replay.calls
+    text = [f"{setting.policy}: {setting.group_size} samples a prompt, {setting.steps} steps, fraction {setting.train_fraction}, window of {setting.window_size}, share "
+            f"{setting.noise_share}", f"{'inputs for each prompt':28}{'forward':>12}{'with backward':>16}{'backward as 3':>16}{'of published':>14}"]
+    text += [f"{name:28}{a:>12.1f}{b:>16.1f}{a + 3 * b:>16.1f}{(a + 3 * b) / whole:>14.1%}" for name, (a, b) in found.items()]
+    return found, text, []
 
 
 def machine(device: str) -> dict[str, Any]:
@@ -176,7 +196,9 @@ def faults(result: dict[str, Any]) -> list[str]:
 def main(words: Sequence[str] | None = None) -> int:
     """The exit status: 1 where a count is not the formula's, or the gradients differ."""
     options = parser().parse_args(words)
-    if options.learning:
+    if options.formula:
+        result, text, wrong = by_formula(options)
+    elif options.learning:
         from . import learning
 
         result, text, wrong = learning.run(options)

@@ -48,6 +48,17 @@ def test_published_flux():
     assert formulas.expected("all", 12, 16, shared=False) == (192, 108)
 
 
+def test_formulas_alone(_importable, capsys):
+    """What docs/speed.md has of FLUX.1."""
+    assert _importable.main(["--formula", "--policy", "flux"]) == 0
+    rows = {line[:28].strip(): line[28:].split() for line in capsys.readouterr().out.splitlines()[2:]}
+    assert rows["as published"] == ["192.0", "108.0", "516.0", "100.0%"] and rows["branch, shared noise"][:2] == ["104.0", "1.0"]
+    page = (ROOT / "docs/speed.md").read_text(encoding="utf-8")
+    for row in rows.values():
+        forward, backward, both, share = (f"{float(cell.rstrip('%')):g}" for cell in row)
+        assert f"| {forward} | {backward} | {both} | {share} % |" in page, row
+
+
 @pytest.mark.parametrize("mode, shared", [("all", True), ("all", False), ("window", True), ("branch", True)])
 def test_expected_inputs_are_the_average_over_what_is_drawn(mode, shared):
     formulas, group, steps, share = benchmarks("formulas"), 4, 9, 0.75
