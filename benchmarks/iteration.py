@@ -138,7 +138,7 @@ def summary(turns: Sequence) -> dict[str, Any]:
     return {
         "calls": {phase: asdict(first.seen[phase]) for phase in first.seen}, "formula": {phase: asdict(first.wanted[phase]) for phase in first.wanted},
         "as_the_formula_says": all(turn.seen == turn.wanted for turn in turns), "without_backward": first.silent,
-        "seconds": seconds, "samples_per_second": first.samples / seconds["total"],
+        "seconds": seconds, "cpu_seconds": median(turn.cpu for turn in turns), "samples_per_second": first.samples / seconds["total"],
         "peak_memory": max((turn.peak for turn in turns if turn.peak is not None), default=None),
         "share_in_denoiser": median(turn.denoiser / turn.seconds["total"] for turn in turns),
     }
@@ -148,6 +148,7 @@ def ratio(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
     """Of one side's figures to another's."""
     weighted = [side["calls"]["rollout"]["samples"] + 3 * side["calls"]["replay"]["samples"] for side in (one, other)]
     return {"seconds": {phase: one["seconds"][phase] / other["seconds"][phase] for phase in PHASES if other["seconds"][phase]},
+            "cpu_seconds": one["cpu_seconds"] / other["cpu_seconds"],
             "forward_calls": one["calls"]["rollout"]["calls"] / other["calls"]["rollout"]["calls"],
             "forward_backward_calls": one["calls"]["replay"]["calls"] / other["calls"]["replay"]["calls"],
             "samples_counting_backward_thrice": weighted[0] / weighted[1]}
@@ -168,13 +169,13 @@ def lines(result: dict[str, Any]) -> list[str]:
             rows.append(("  by the formula", [str(result[n]["formula"][phase][key]) for n in names]))
     rows += [("samples without backward", [str(result[n]["without_backward"]) for n in names])]
     rows += [(f"seconds: {phase}", [f"{result[n]['seconds'][phase]:.3f}" for n in names]) for phase in PHASES]
-    rows += [("samples a second", [f"{result[n]['samples_per_second']:.2f}" for n in names]),
+    rows += [("CPU seconds", [f"{result[n]['cpu_seconds']:.3f}" for n in names]), ("samples a second", [f"{result[n]['samples_per_second']:.2f}" for n in names]),
              ("peak memory, MiB", ["-" if result[n]["peak_memory"] is None else f"{result[n]['peak_memory'] / 2**20:.0f}" for n in names]),
              ("share in the denoiser", [f"{result[n]['share_in_denoiser']:.1%}" for n in names])]
     for heading, cells in [(f"median of {result['repeats']}", names), *rows]:
         text.append(f"{heading:28}" + "".join(f"{cell:>14}" for cell in cells))
     for name, found in result["ratio"].items():
-        text.append(f"ours / {name}: seconds {found['seconds']['total']:.3f}, denoise {found['seconds']['denoise']:.3f}, replay {found['seconds']['replay']:.3f}; calls "
+        text.append(f"ours / {name}: seconds {found['seconds']['total']:.3f} (CPU {found['cpu_seconds']:.3f}), denoise {found['seconds']['denoise']:.3f}, replay {found['seconds']['replay']:.3f}; calls "
                     f"{found['forward_calls']:.3f} forward, {found['forward_backward_calls']:.3f} forward-backward; samples (backward counted as 3) "
                     f"{found['samples_counting_backward_thrice']:.3f}")
     if "gradient" in result:

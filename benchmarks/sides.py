@@ -35,15 +35,17 @@ SEED = 0
 @dataclass
 class Turn:
     """One iteration. seconds: by phase, in all, and in the denoiser; seen: what its hooks counted; wanted: what the formulas say of that;
-    silent: samples whose backward pass was left out because the clip had silenced them all. peak: bytes."""
+    silent: samples whose backward pass was left out because the clip had silenced them all. peak: bytes. cpu: seconds that the process computed, on all its
+    threads, which other work beside it does not change much."""
 
     seconds: dict[str, float]
     denoiser: float
     seen: dict[str, Calls]
     wanted: dict[str, Calls]
     peak: int | None
-    silent: int = 0
-    samples: int = 0
+    silent: int
+    samples: int
+    cpu: float
 
 
 @dataclass
@@ -125,6 +127,7 @@ def ours(bench: Bench, setting: Setting) -> Turn:
     bench.begin()
     clock, policy, seconds = bench.clock, bench.policy, {}
     began = last = clock.now()
+    cpu = time.process_time()
 
     def ended(phase: str) -> None:
         nonlocal last
@@ -144,6 +147,7 @@ def ours(bench: Bench, setting: Setting) -> Turn:
     seen["replay"] = bench.probe.take()
     bench.session.end(stats)
     ended("records")
+    cpu = time.process_time() - cpu
     decode = rollout.seconds["decode"]
     rolling = seconds.pop("rollout")
     seconds = {"prompts": seconds.pop("prompts"), "denoise": rolling - decode, "decode": decode, **seconds, "total": last - began}
@@ -153,7 +157,7 @@ def ours(bench: Bench, setting: Setting) -> Turn:
               "replay": formulas.replay(pairs, common, setting.group_size, setting.micro_batch).times(sides)}
     silent = sum(seen["replay"].calls) - sum(seen["replay"].backward)
     return Turn(seconds, clock.seconds(span for part in seen.values() for span in part.spans),
-                {phase: bench.counted(seen[phase], wanted[phase]) for phase in seen}, wanted, bench.peak.read(), silent, rollout.size)
+                {phase: bench.counted(seen[phase], wanted[phase]) for phase in seen}, wanted, bench.peak.read(), silent, rollout.size, cpu)
 
 
 def published(bench: Bench, setting: Setting) -> Turn:
@@ -165,6 +169,7 @@ def published(bench: Bench, setting: Setting) -> Turn:
     optimizer = torch.optim.AdamW(bench.parameters.values(), lr=1e-6, weight_decay=setting.weight_decay)
     seconds = dict.fromkeys(("prompts", "denoise", "decode", "reward", "replay", "records"), 0.0)
     began = last = clock.now()
+    cpu = time.process_time()
 
     def ended(phase: str) -> None:
         nonlocal last
@@ -193,13 +198,14 @@ def published(bench: Bench, setting: Setting) -> Turn:
         torch.nn.utils.clip_grad_norm_(bench.parameters.values(), setting.max_grad_norm)
         optimizer.step()
     ended("replay")
+    cpu = time.process_time() - cpu
     seen["replay"] = bench.probe.take()
     sides = bench.sides(setting)
     wanted = dict(zip(("rollout", "replay"), formulas.reference(setting.prompts_per_iteration, setting.group_size, setting.steps, setting.train_fraction)))
     wanted = {phase: calls.times(sides) for phase, calls in wanted.items()}
     silent = sum(seen["replay"].calls) - sum(seen["replay"].backward)
     return Turn({**seconds, "total": last - began}, clock.seconds(span for part in seen.values() for span in part.spans),
-                {phase: bench.counted(seen[phase], wanted[phase]) for phase in seen}, wanted, bench.peak.read(), silent, len(scores))
+                {phase: bench.counted(seen[phase], wanted[phase]) for phase in seen}, wanted, bench.peak.read(), silent, len(scores), cpu)
 
 
 def _loss(bench, setting, plan, conditioning, groups, trajectories, of_sample, pair):

@@ -93,6 +93,7 @@ def test_counts_are_the_formulas_and_the_gradient_is_the_references(_importable,
         assert found[side]["calls"] == found[side]["formula"] and found[side]["as_the_formula_says"]
         seconds = found[side]["seconds"]
         assert sum(value for phase, value in seconds.items() if phase != "total") == pytest.approx(seconds["total"], rel=0.01)
+        assert 0 < found[side]["cpu_seconds"] <= seconds["total"] * 1.05  # on one thread
         assert 0.2 < found[side]["share_in_denoiser"] < 1 and found[side]["samples_per_second"] == pytest.approx(6 / seconds["total"])
     assert found["reference"]["calls"]["rollout"]["calls"] == 2 * 3 * 4 and found["reference"]["calls"]["replay"]["calls"] == 2 * 3 * 3
     assert found["ours"]["calls"]["rollout"]["calls"] < 2 * 3 * 4 / 2
