@@ -355,7 +355,6 @@ class Session:
             steps.callback(self._let_go)
             # no word to the others, who may be gone: each that fails ends by itself, and the first has all that is to be kept
             if processes.is_first():
-                steps.enter_context(pulse.keeping())
                 steps.callback(self._tell_the_end, asked_twice=kind is not None and issubclass(kind, KeyboardInterrupt))
                 steps.callback(live.forget_stop, self.folder)
                 if kind is not None or not self.finished:
@@ -389,6 +388,7 @@ class Session:
         if nothing and os.name == "nt":  # nothing that is open can be deleted there
             self.folder.remove_lock()
 
+    @pulse.keeping()
     def _keep(self, broken_off: bool) -> None:
         """What an unfinished run leaves: a checkpoint, and where nothing of the graph will save it, the LoRA too."""
         if self._done == 0:
