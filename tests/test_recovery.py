@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from comfy_dancegrpo import settings
+from comfy_dancegrpo import pulse, settings
 from comfy_dancegrpo.grpo.learner import Learner
 from comfy_dancegrpo.policies.base import Policy
 from comfy_dancegrpo.runs import checkpoints
@@ -322,3 +322,18 @@ def test_weights_that_differ_between_processes_are_named_at_each_checkpoint(cli,
     said = [line for line in done.err if "not the same in all processes" in line]
     assert [line.partition(":")[2].partition(":")[0] for line in said] == [" iteration 3", " iteration 4"]
     assert all("those of 1, 3 differ from those of 0" in line for line in said)
+
+
+def test_the_launcher_is_told_while_a_broken_off_run_keeps_what_it_has(cli, flow, tmp_path, monkeypatch):
+    told, zero_grad, save = [], Learner.zero_grad, checkpoints.save
+
+    def fails(self):
+        if self.version[1] == 1:
+            raise RuntimeError("planted")
+        zero_grad(self)
+
+    monkeypatch.setattr(Learner, "zero_grad", fails)
+    monkeypatch.setattr(pulse, "tell", lambda **changes: told.append(changes.get("keeps")))
+    monkeypatch.setattr(checkpoints, "save", lambda *given: told.append("written") or save(*given))
+    assert cli(*flow, "--set", "Loop Start.checkpoint_every=0", "--output", tmp_path).status == 3
+    assert [what for what in told if what is not None] == [True, "written", False]
