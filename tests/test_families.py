@@ -150,11 +150,11 @@ def test_the_gradient_is_that_of_finite_differences(case, policy):
             for module in before:
                 module.double()
             with torch.no_grad():
-                start = step(policy, x, index, doubles, plan, CallCount(), len(x))
+                start = step(policy, x, index, doubles, plan, torch.ones_like(index, dtype=torch.bool), CallCount(), len(x))
                 reached = start.mean + start.std * torch.randn(x.shape, generator=generator("noise"), dtype=torch.float64)
 
             def loss():
-                return log_prob(reached, step(policy, x, index, doubles, plan, CallCount(), len(x))).sum()
+                return log_prob(reached, step(policy, x, index, doubles, plan, torch.ones_like(index, dtype=torch.bool), CallCount(), len(x))).sum()
 
             loss().backward()
             # none where nothing is reached: the last text outputs of Qwen-Image

@@ -63,7 +63,7 @@ def gradient(policy, size):
         adapter.load({name: torch.randn(p.shape, generator=generator("lora", name)) * 0.05 for name, p in adapter.parameters.items()})
         plan, x = plan_of(policy, size), torch.randn(2, *policy.latent_shape(size), generator=generator("x"))
         with torch.enable_grad():
-            gaussian = step(policy, x, torch.tensor([0, 1]), encode(policy, PROMPTS, size), plan, CallCount(), 2)
+            gaussian = step(policy, x, torch.tensor([0, 1]), encode(policy, PROMPTS, size), plan, torch.ones(2, dtype=torch.bool), CallCount(), 2)
             found = log_prob(x, gaussian).sum()
             found.backward()
         return found.item(), {name: p.grad.clone() for name, p in adapter.parameters.items() if p.grad is not None}
