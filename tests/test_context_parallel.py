@@ -108,7 +108,7 @@ def test_a_team_of_two_trains_as_one_process(folder, alone, tmp_path):
             print(f"{name}: gradient off by {off[0]:.1e}, LoRA by {off[1]:.1e}, latents by {off[2]:.1e}")
             assert two["drawn"] == 3 and two["stats"]["ratio_deviation"] == 0.0
             assert distance(two["own"], one["gradient"]) > 1e-1  # a part that is left out would be noticed
-            assert off[0] < 1e-5 and off[1] < 1e-3 and off[2] < 1e-5
+            assert off[0] < 1e-4 and off[1] < 1e-3 and off[2] < 1e-5  # attention over half of the heads rounds otherwise
             assert {k: two["stats"][k] for k in ("transitions", "calls")} == {k: one["stats"][k] for k in ("transitions", "calls")}
             assert two["stats"]["loss"] == pytest.approx(one["stats"]["loss"], abs=1e-6)
 
@@ -118,7 +118,7 @@ def test_two_teams_of_two(folder, alone, tmp_path):
     for rank, found in enumerate(in_processes(4, every, tmp_path, folder, 2, ("wan-2.1",), True)):
         two, one = found["wan-2.1"], alone["wan-2.1"]
         assert two["drawn"] == (2, 2, 1, 1)[rank] and two["stats"]["ratio_deviation"] == 0.0
-        assert distance(two["gradient"], one["gradient"]) < 1e-5 and distance(two["lora"], one["lora"]) < 1e-3
+        assert distance(two["gradient"], one["gradient"]) < 1e-4 and distance(two["lora"], one["lora"]) < 1e-3
         assert two["stats"]["transitions"] == one["stats"]["transitions"]
 
 
