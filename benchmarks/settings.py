@@ -27,7 +27,7 @@ _ALL = {
     "prompts_per_iteration": 8, "group_size": 4, "steps": 6, "eta": 1.7, "train_fraction": 1.0, "clip_range": 1e-3, "micro_batch": 32, "optimizer_steps": 5,
     "learning_rate": 4e-3, "lora_targets": "modulation", "lora_rank": 8, "lora_alpha": 8.0, "warmup": 20, "ema_decay": 0.98,
 }
-MODES: dict[str, dict[str, Any]] = {  # of the embedded policy: the best found for each
+MODES: dict[str, dict[str, Any]] = {  # of the embedded policy; those of branch are not tuned (docs/speed.md)
     "all": _ALL,
     "window": _ALL | {"window_size": 2},
     "branch": _ALL | {"micro_batch": 8, "optimizer_steps": 2, "warmup": 10},
