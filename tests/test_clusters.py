@@ -1,4 +1,4 @@
-"""The files of examples/, run for real with two tasks on this machine: Slurm's and Kubernetes' own parts are stood in for, and nothing else."""
+"""The files of clusters/, run for real with two tasks on this machine: Slurm's and Kubernetes' own parts are stood in for, and nothing else."""
 
 import json
 import os
@@ -20,7 +20,7 @@ from spmd import free_port
 from comfy_dancegrpo.runs import checkpoints
 from comfy_dancegrpo.trainer import launch
 
-EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+EXAMPLES = Path(__file__).resolve().parent.parent / "clusters"  # not "examples": ComfyUI would serve that folder in the place of the workflows
 WAIT = 240  # seconds
 posix = pytest.mark.skipif(sys.platform == "win32", reason="Slurm and Kubernetes' containers are not on Windows")
 

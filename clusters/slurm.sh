@@ -1,6 +1,6 @@
 #!/bin/bash
 # Trains on two nodes of eight GPUs, one task a GPU, without torchrun:
-#     sbatch examples/slurm.sh flow.json --models /shared/models --run flux-1
+#     sbatch clusters/slurm.sh flow.json --models /shared/models --run flux-1
 # All words go to `dancegrpo run`. Runs are written to $RUNS: a folder that all nodes see, or an address such as s3://bucket/runs.
 # Five minutes before its time is over, and when it is preempted, the job saves after its micro-batch, leaves with status 143 and is queued again.
 #SBATCH --job-name=dancegrpo
