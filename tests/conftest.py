@@ -67,7 +67,7 @@ def _dancegrpo(*words) -> Done:
 
 @pytest.fixture
 def one_thread():
-    """One thread, where kernels round a row alike at every place in a batch of any size."""
+    """One thread, where kernels round a row alike at every place in a batch of any size; asked for before what samples."""
     import torch
 
     before = torch.get_num_threads()

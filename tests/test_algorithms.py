@@ -48,7 +48,7 @@ def trained(loaded, request):
 
 
 @pytest.mark.parametrize("trained", [t.name for t in TRANSITIONS.values() if t.stochastic], indirect=True)
-def test_replay_gives_the_ratio_one_exactly(trained, one_thread):
+def test_replay_gives_the_ratio_one_exactly(one_thread, trained):
     learner, rollout = trained
     scores = Scores(rollout, (Column("toy", 1.0, torch.arange(float(rollout.size))),))
     stats = update(learner, combine(scores), UpdateSettings(train_fraction=1.0))
@@ -56,7 +56,7 @@ def test_replay_gives_the_ratio_one_exactly(trained, one_thread):
 
 
 @pytest.mark.parametrize("trained", ["flow_grpo_sde", "ddim"], indirect=True)
-def test_every_objective_replays_exactly_and_tells_how_far_the_lora_has_gone(trained, one_thread):
+def test_every_objective_replays_exactly_and_tells_how_far_the_lora_has_gone(one_thread, trained):
     """KL is to the model without the LoRA: more than 0 as it is, and 0 exactly once its B is 0."""
     learner, rollout = trained
     advantages = combine(Scores(rollout, (Column("toy", 1.0, torch.arange(float(rollout.size))),)))
