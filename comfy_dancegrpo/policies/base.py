@@ -54,6 +54,9 @@ class Policy(abc.ABC):
         self.name, self.pipeline, self.dtype = name, pipeline, dtype
         for module in self.modules:
             module.requires_grad_(False).eval()
+        vae = getattr(pipeline, "vae", None)
+        if vae is not None and not any(p.ndim == 5 for p in vae.parameters()):
+            vae.to(memory_format=torch.channels_last)  # convolutions of pictures are a quarter faster on a CPU, and faster in half precision elsewhere
 
     @classmethod
     def load(cls, name: str, folder: Path, dtype: str, **components) -> Policy:
