@@ -42,23 +42,22 @@ def tell(**changes: Any) -> None:
 
 
 @contextlib.contextmanager
-def waiting() -> Iterator[None]:
+def _meanwhile(flag: str) -> Iterator[None]:
+    tell(**{flag: True})
+    try:
+        yield
+    finally:
+        tell(**{flag: False})
+
+
+def waiting() -> contextlib.AbstractContextManager[None]:
     """While the block runs, this process waits for others."""
-    tell(waits=True)
-    try:
-        yield
-    finally:
-        tell(waits=False)
+    return _meanwhile("waits")
 
 
-@contextlib.contextmanager
-def keeping() -> Iterator[None]:
+def keeping() -> contextlib.AbstractContextManager[None]:
     """While the block runs, this process writes what is to be left of a run: who ends it loses that."""
-    tell(keeps=True)
-    try:
-        yield
-    finally:
-        tell(keeps=False)
+    return _meanwhile("keeps")
 
 
 def read(folder: Path) -> dict[int, dict[str, Any]]:

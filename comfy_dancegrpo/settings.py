@@ -41,13 +41,18 @@ def path() -> Path:
     """Where the settings file is, or would be."""
     if os.environ.get(PATH):
         return Path(os.environ[PATH])
+    return user_folder("XDG_CONFIG_HOME", ".config", windows=("APPDATA", "Roaming"), mac="Application Support") / "settings.json"
+
+
+def user_folder(variable: str, usual: str, windows: tuple[str, str], mac: str) -> Path:
+    """Ours among the user's own: where an environment variable (of XDG, or Windows') says, else in the usual place of the system."""
     if sys.platform == "win32":
-        folder = Path(os.environ.get("APPDATA") or Path.home() / "AppData" / "Roaming")
+        folder = Path(os.environ.get(windows[0]) or Path.home() / "AppData" / windows[1])
     elif sys.platform == "darwin":
-        folder = Path.home() / "Library" / "Application Support"
+        folder = Path.home() / "Library" / mac
     else:
-        folder = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")
-    return folder / "comfy_dancegrpo" / "settings.json"
+        folder = Path(os.environ.get(variable) or Path.home() / usual)
+    return folder / "comfy_dancegrpo"
 
 
 def read() -> Settings:

@@ -15,7 +15,6 @@ import io
 import os
 import re
 import shutil
-import sys
 import threading
 import time
 import urllib.parse
@@ -27,6 +26,7 @@ from typing import BinaryIO, TypeVar
 from .. import pulse
 from ..atomic import replacing
 from ..errors import RunError, WorkflowError
+from ..settings import user_folder
 from ..workflow.host import host
 from . import lock, manifests
 from .folder import WRITTEN
@@ -44,14 +44,9 @@ def is_url(place: str) -> bool:
 
 def default_spool(url: str) -> Path:
     """In the user's folder of caches, one for each address."""
-    if sys.platform == "win32":
-        folder = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
-    elif sys.platform == "darwin":
-        folder = Path.home() / "Library" / "Caches"
-    else:
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     name = re.sub(r"[^0-9A-Za-z.]+", "-", url.rstrip("/")).strip("-.")[-60:]
-    return folder / "comfy_dancegrpo" / "runs" / f"{name}-{hashlib.sha256(url.rstrip('/').encode()).hexdigest()[:8]}"
+    folder = user_folder("XDG_CACHE_HOME", ".cache", windows=("LOCALAPPDATA", "Local"), mac="Caches")
+    return folder / "runs" / f"{name}-{hashlib.sha256(url.rstrip('/').encode()).hexdigest()[:8]}"
 
 
 class Storage:
