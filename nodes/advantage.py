@@ -27,6 +27,7 @@ class Advantage:
                                                  "An even number; 0 trains all.", 2),
             "estimator": wires.choice(list(ESTIMATORS), "What a score is compared with. group: the rest of its group. The others change that, or what the "
                                       "difference is divided by; in groups without spread all train nothing."),
+            "min_advantage": wires.number(0.0, 0.0, 1000.0, "Pictures whose advantage is nearer to 0 than this are not trained, which spares their replay; 0 trains all.", 0.05),
         }}
 
     @classmethod
@@ -35,10 +36,11 @@ class Advantage:
             return f'input "best_of": found {best_of}, accepted: 0 (all), or an even number up to the size of a group'
         return True
 
-    def compute(self, scores, clamp: float, combine: str = NORMALISE_FIRST, best_of: int = 0, estimator: str = GROUP):
+    def compute(self, scores, clamp: float, combine: str = NORMALISE_FIRST, best_of: int = 0, estimator: str = GROUP,
+                min_advantage: float = 0.0):
         from comfy_dancegrpo.grpo import advantages
 
         try:
-            return (advantages.combine(scores, clamp, combine, best_of, estimator),)
+            return (advantages.combine(scores, clamp, combine, best_of, estimator, min_advantage),)
         except ValueError as error:
             raise RunError(str(error)) from error

@@ -176,6 +176,24 @@ def test_of_a_flat_group_none_is_trained():
     assert found.trained.tolist() == [False] * 8 + [True, True, False, False]
 
 
+# -- advantages too near to 0 -----------------------------------------------------------------------------------------------------
+def test_a_sample_whose_advantage_is_too_near_to_0_is_not_trained():
+    """By hand: 0, 2, 3, 7 have the mean 3 and the std sqrt(26/3) = 2.944, so the advantages are -1.019, -0.340, 0 and 1.359; the second group's are +-0.707."""
+    several = scores([0, 0, 0, 0, 1, 1, 2, 2], (1.0, [0.0, 2.0, 3.0, 7.0, 0.0, 1.0, 5.0, 5.0]))
+    for threshold, trained, below in ((0.0, [1, 1, 1, 1, 1, 1, 0, 0], 0), (0.1, [1, 1, 0, 1, 1, 1, 0, 0], 1), (0.35, [1, 0, 0, 1, 1, 1, 0, 0], 2),
+                                      (0.71, [1, 0, 0, 1, 0, 0, 0, 0], 4), (1.02, [0, 0, 0, 1, 0, 0, 0, 0], 5), (9.0, [0] * 8, 6)):
+        found = combine(several, min_advantage=threshold)
+        assert found.trained.tolist() == [bool(n) for n in trained] and found.below_threshold == below
+        assert found.flat.tolist() == [False, False, True] and torch.equal(found.values, combine(several).values)
+
+
+def test_the_threshold_is_of_the_advantage_before_the_clamp_and_the_best_and_worst_are_chosen_first():
+    one = scores([0, 0, 0, 0], (1.0, [0.0, 2.0, 3.0, 7.0]))
+    assert combine(one, clamp=0.5, min_advantage=1.0).trained.tolist() == [True, False, False, True]
+    found = combine(one, best_of=2, min_advantage=1.1)
+    assert found.trained.tolist() == [False, False, False, True] and found.below_threshold == 1  # the two in the middle were left out before
+
+
 @pytest.mark.parametrize("count", [1, 3, 6, 8, -2])
 def test_what_does_not_fit_a_group_is_refused(count):
     with pytest.raises(ValueError, match=f'"best_of": found {count}, accepted: 0 .all., or an even number up to the 4 of a group'):

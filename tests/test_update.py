@@ -162,6 +162,21 @@ def test_the_best_and_worst_of_each_group_are_replayed_and_the_others_are_not():
     assert relative_error(learner.gradients[0], finite_difference(learner.before[0], advantages, pairs, ALL.clip_range)) < 1e-5
 
 
+def test_what_is_below_the_threshold_is_not_replayed():
+    learner = Recorder(Perceptron())
+    rollout = rollout_of(learner)
+    every = advantages_of(rollout)
+    kept = (every.values.abs() >= 0.8).nonzero()[:, 0].tolist()
+    seen = []
+    learner.policy.net.register_forward_hook(lambda module, arguments, output: seen.append(len(output)))
+    stats = update(learner, advantages_of(rollout, min_advantage=0.8), ALL)
+    pairs = [(n, t) for n, t in PAIRS if n in kept]
+    inputs = len({(n // GROUP, t) if t == 0 else (n, t) for n, t in pairs})  # the first step is one input for the group
+    assert 0 < len(kept) < rollout.size and stats.transitions == len(pairs)
+    assert sum(seen) == stats.calls.backward == -(-inputs // 7) * 7 < -(-len(PAIRS) // 7) * 7
+    assert relative_error(learner.gradients[0], finite_difference(learner.before[0], every, pairs, ALL.clip_range)) < 1e-5
+
+
 def test_an_iteration_of_flat_groups_alone_passes_and_changes_nothing():
     learner, advantages = case()
     before = flat(learner.parameters.values())

@@ -61,7 +61,8 @@ def best_and_worst(values: Tensor, groups: Tensor, indices: Tensor, count: int) 
     return chosen
 
 
-def combine(scores: Scores, clamp: float = 5.0, combination: str = NORMALISE_FIRST, best_of: int = 0, estimator: str = GROUP) -> Advantages:
+def combine(scores: Scores, clamp: float = 5.0, combination: str = NORMALISE_FIRST, best_of: int = 0, estimator: str = GROUP,
+            min_advantage: float = 0.0) -> Advantages:
     """The advantages of a rollout by all its rewards, clamped to +-clamp.
 
     NORMALISE_FIRST: sum_k w_k A(r_k), an advantage for each reward (arXiv 2505.07818, algorithm 1); a group is flat when it is
@@ -70,6 +71,7 @@ def combine(scores: Scores, clamp: float = 5.0, combination: str = NORMALISE_FIR
     best_of: 0, or how many of each group are trained, the best and the worst by the advantage before it is clamped (as the
     published code's `--bestofn`); all of the group are compared with. Flat groups train nothing either way.
     estimator: A, one of `groups.ESTIMATORS`.
+    min_advantage: samples whose advantage is nearer to 0 before it is clamped are not trained; `best_of` chooses first.
 
     Raises:
         ValueError: `best_of` does not fit the groups, a score is not finite, or a group has one member.
@@ -89,4 +91,5 @@ def combine(scores: Scores, clamp: float = 5.0, combination: str = NORMALISE_FIR
     trained = ~flat[groups]
     if best_of:
         trained = trained & best_and_worst(total, groups, rollout.indices.cpu(), best_of)
-    return Advantages(scores, total.clamp(-clamp, clamp), flat, trained, history)
+    below = trained & (total.abs() < min_advantage)
+    return Advantages(scores, total.clamp(-clamp, clamp), flat, trained & ~below, history, int(below.sum()))

@@ -209,13 +209,15 @@ class Scores:
 @dataclass(frozen=True)
 class Advantages:
     """values: [N] float32. flat: [P] bool, the groups without spread, which train nothing. trained: [N] bool, the samples that do.
-    history: the rollout's, with these scores, where an advantage is taken from them; else None."""
+    history: the rollout's, with these scores, where an advantage is taken from them; else None. below_threshold: how many samples do not train because
+    their advantage is too near to 0."""
 
     scores: Scores
     values: Tensor
     flat: Tensor
     trained: Tensor
     history: Mapping[str, dict[str, list[float]]] | None = None
+    below_threshold: int = 0
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:

@@ -21,8 +21,8 @@ def row(iteration: int, stats: UpdateStats, total_seconds: float, held_up: float
 
     reward_mean and reward_std are over the samples of the weighted sum of raw scores; group_std is the mean spread within
     groups. Each reward's mean and std are of its raw scores too; used_mean, where they were adjusted, of what trained in their place.
-    trained_samples went into the update; denoiser_calls count samples, padding included and told apart; seconds are by phase, of checkpoints
-    those that training was `held_up` by them before this iteration.
+    below_threshold samples did not train because their advantage was too near to 0, trained_samples went into the update; denoiser_calls count
+    samples, padding included and told apart; seconds are by phase, of checkpoints those that training was `held_up` by them before this iteration.
     """
     scores = stats.advantages.scores
     rollout = scores.rollout
@@ -42,6 +42,7 @@ def row(iteration: int, stats: UpdateStats, total_seconds: float, held_up: float
         "loss": stats.loss,
         "learning_rate": stats.learning_rate,
         "flat_groups": int(stats.advantages.flat.sum()),
+        "below_threshold": stats.advantages.below_threshold,
         "trained_samples": int(stats.advantages.trained.sum()),
         "transitions": stats.transitions,
         "skipped_steps": stats.skipped_steps,

@@ -65,11 +65,11 @@ def rollout_of(learner, iteration=0, micro_batch=7, dtype=torch.float64, eta=ETA
     return sample(learner.policy, request, Conditioning({"words": words}), plan, learner.version)
 
 
-def advantages_of(rollout, flat_group=None, best_of=0):
+def advantages_of(rollout, flat_group=None, **settings):
     values = torch.randn(rollout.size, generator=torch.Generator().manual_seed(2))
     if flat_group is not None:
         values[rollout.groups == flat_group] = 0.25
-    return combine(Scores(rollout, (Column("toy", 1.0, values),)), best_of=best_of)
+    return combine(Scores(rollout, (Column("toy", 1.0, values),)), **settings)
 
 
 def drifted(learner, scale=2e-3):
