@@ -1,4 +1,4 @@
-"""Which steps of a group's trajectories have noise, and so may be trained; the others take the ODE's step. Importing this imports no torch."""
+"""Which steps of a group's trajectories have noise, and so may be trained; the others take the ODE's step (`ode_solvers`). Importing this imports no torch."""
 
 from __future__ import annotations
 
@@ -42,6 +42,14 @@ class NoiseSteps:
             first = [iteration // self.interval % places if self.interval else _drawn("window", seed, iteration, places)] * groups
         at = torch.arange(steps) - torch.tensor(first)[:, None]
         return (at >= 0) & (at < size)
+
+
+def whole_groups(noisy: Tensor, common: Tensor) -> bool:
+    """Whether all that is trained of a group has one input: then a group that stays together is trained by one denoiser call.
+
+    noisy: [P, T] bool, which steps have noise. common: [P] int64, how many of the first steps have one input for the whole group.
+    """
+    return bool((common > 0).all()) and bool((noisy[:, :-1].sum(1) <= 1).all())
 
 
 def _drawn(name: str, seed: int, iteration: int, below: int, *key: int) -> int:

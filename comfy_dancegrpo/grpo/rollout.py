@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .. import processes
 from .noise import generator
-from .noise_steps import NoiseSteps
+from .noise_steps import NoiseSteps, whole_groups
 from .protocol import CallCount, Conditioning, Denoiser, Rollout, SamplingPlan
 from .transitions import TRANSITIONS
 from .walk import Walk
@@ -67,8 +67,7 @@ class Work:
 
     @property
     def whole_groups(self) -> bool:
-        """Whether all that is trained of a group has one input: then a group that stays together is trained by one denoiser call."""
-        return bool((self.common > 0).all()) and bool((self.noisy[:, :-1].sum(1) <= 1).all())
+        return whole_groups(self.noisy, self.common)
 
     @functools.cached_property
     def order(self) -> tuple[int, ...]:

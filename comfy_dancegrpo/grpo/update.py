@@ -17,6 +17,7 @@ from .forward import micro_batches, step
 from .gaussian import Gaussian, log_prob
 from .learner import Learner
 from .noise import generator
+from .noise_steps import whole_groups
 from .objectives import OBJECTIVES
 from .objectives.kl import kl
 from .objectives.steps import Steps, ratio
@@ -107,7 +108,7 @@ def shares(rollout: Rollout, trained: Tensor, settings: UpdateSettings) -> list[
     whole, by one call each, to within one group.
     """
     pairs = [(n, t) for n in rollout.order if trained[n] for t in chosen_transitions(rollout, n, settings.train_fraction)]
-    whole = bool((rollout.noisy[:, :-1].sum(1) <= 1).all()) and bool((rollout.common > 0).all())
+    whole = whole_groups(rollout.noisy, rollout.common)
     units = [list(unit) for _, unit in itertools.groupby(pairs, lambda pair: input_of(rollout, pair) if whole else pair)]
     parts = min(settings.optimizer_steps, len(units))
     return [[pair for unit in units[k * len(units) // parts:(k + 1) * len(units) // parts] for pair in unit] for k in range(parts)]
