@@ -12,6 +12,7 @@ from accelerate import init_empty_weights
 from torch import nn
 
 from . import headers, policies
+from .grpo import optimizers
 from .grpo.protocol import Size
 from .lora.adapter import LoraSettings
 from .lora.full import FullSettings
@@ -22,8 +23,6 @@ from .runs import prompt_cache
 
 GIB = 2**30
 MAIN = " (main memory)"  # what the names of the parts end in that are never on an accelerator
-# bytes for each trained number: itself, its gradient, and the optimizer's state (8-bit ones rounded up)
-_STATE = {"adamw": 8.0, "adamw_8bit": 2.1, "paged_adamw_8bit": 2.1, "adafactor": 0.1, "prodigy": 16.0}
 _PER_BLOCK = 17  # numbers kept for each token and channel of a block in training (arXiv 2205.05198, table 2: 34 bytes in 16 bits)
 
 
@@ -66,11 +65,11 @@ def estimate(wanted: Wanted) -> dict[str, float]:
         "weights of the VAE": _numbers(policy.pipeline.vae) * bytes_each,
         "weights of the text encoders (while they encode)": sum(counts.values()) * bytes_each,
         name: trained * 4 * in_training,
-        state: trained * _STATE[wanted.optimizer],
+        state: trained * optimizers.STATE[wanted.optimizer],
         "trajectories" + MAIN: wanted.samples * wanted.steps * _product(policy.latent_shape(wanted.size)) * 4,
         "activations in training (rough)": activations(policy, wanted) * bytes_each * (2 if policy.classifier_free else 1),
         **({"encoded prompts, at most" + MAIN: float(prompt_cache.IN_MEMORY)} if wanted.prompt_cache == "memory" else {}),
-        "state to be saved, former and new" + MAIN: 2 * trained * ((8 if wanted.ema else 4) + _STATE[wanted.optimizer]),
+        "state to be saved, former and new" + MAIN: 2 * trained * ((8 if wanted.ema else 4) + optimizers.STATE[wanted.optimizer]),
         **({"the base's own weights" + MAIN: numbers * bytes_each} if every else {}),
     }
 

@@ -79,7 +79,9 @@ class GroupSample:
 
         with policy.scoring.begin(unique_id, own_prompts) as early:
             host().load(family)
-            rollout = sample(family, request, policy.encode(prompts.prompts, size), plan, policy.learner.version, tick=tick, hand=early.add)
+            conditioning = policy.encode(prompts.prompts, size)
+            request = replace(request, micro_batch=policy.micro_batch(Work(request, plan), conditioning))
+            rollout = sample(family, request, conditioning, plan, policy.learner.version, tick=tick, hand=early.add)
         rollout = replace(rollout, early=early, history=policy.learner.history)
         pictures = rollout.every_picture  # None where only the first process has them: what shows or measures them runs there
         return rollout, [pictures] if pictures is None or pictures.ndim == 4 else list(pictures)

@@ -30,13 +30,15 @@ def report(host: ConsoleHost) -> list[str]:
             if node["inputs"]["policy"][0] != start_id:
                 continue
             sample = _values(host, sample_id)
+            if not loop["micro_batch"]:
+                lines.append(f'{node_label(start_id, host.prompt)}: input "micro_batch": 0 is found by trial; the activations are those of one sample')
             try:
                 with quiet_loading():
                     lines += memory.report(memory.Wanted(
                         policy=base["policy"], parts=parts_of(base), dtype=base["dtype"], quantized=base["quantization"],
                         prompt_cache=base["prompt_cache"], optimizer=loop["optimizer"], ema=loop["ema_decay"] > 0,
                         lora=full.settings(loop["lora_rank"], loop["lora_alpha"], loop["lora_targets"]),
-                        gradient_checkpointing=loop["gradient_checkpointing"], micro_batch=loop["micro_batch"], steps=sample["steps"],
+                        gradient_checkpointing=loop["gradient_checkpointing"], micro_batch=loop["micro_batch"] or 1, steps=sample["steps"],
                         samples=loop["prompts_per_iteration"] * sample["group_size"], size=Size(sample["height"], sample["width"], sample["frames"])))
             except ValueError as error:
                 raise WorkflowError(f"{node_label(sample_id, host.prompt)}: {error}") from None

@@ -21,6 +21,7 @@ OPTIMIZERS: dict[str, tuple[str, str, str, dict]] = {
     "prodigy": ("prodigyopt", "Prodigy", "prodigyopt", {}),  # arXiv 2306.06101; its learning rate is a factor, and wants to be 1
 }
 WITHOUT_BETAS = ("adafactor",)
+STATE = {"adamw": 8.0, "adamw_8bit": 2.1, "paged_adamw_8bit": 2.1, "adafactor": 0.1, "prodigy": 16.0}  # bytes for each trained number (8-bit ones rounded up)
 
 
 def problem(name: str) -> str | None:

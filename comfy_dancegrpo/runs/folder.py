@@ -210,6 +210,7 @@ def choose(name: str, fingerprint: str, iterations: int, micro_batch: int, on_ex
 
     new: a finished, unchanged run is reopened; any other gets the next free name. resume: goes on, or is reopened when
     finished; another micro_batch is let through there, and reported. restart: `create` deletes the folder's former content.
+    micro_batch: 0 stands for the run's own, which was found by trial.
 
     Raises:
         RunError: resume of a run whose workflow has changed, or that has gone further than `iterations`; restart or resume in
@@ -225,7 +226,7 @@ def choose(name: str, fingerprint: str, iterations: int, micro_batch: int, on_ex
     if _is_free(folder.path) and not (on_existing == "new" and _is_stored(name)):
         return folder, "start"
     if on_existing == "new":
-        same = finished and unchanged and record.get("micro_batch") == micro_batch
+        same = finished and unchanged and micro_batch in (0, record.get("micro_batch"))
         return (folder, "reopen") if same else (_next_free(folder.path), "start")
     if not record:
         if lock.held(folder.path):

@@ -7,6 +7,7 @@ import functools
 import os
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -14,9 +15,11 @@ import torch
 
 from .. import processes, pulse
 from ..errors import OutOfMemory, RunError
+from ..grpo import micro_batch
 from ..grpo.learner import Learner, OptimizerSettings
 from ..grpo.noise import generator
 from ..grpo.protocol import Conditioning, Size
+from ..grpo.rollout import Work
 from ..grpo.schedules import FALLING
 from ..grpo.update import UpdateStats
 from ..lora import files
@@ -40,7 +43,7 @@ ENCODED_AHEAD = 16  # iterations whose prompts are encoded together, on an accel
 class LoopSettings:
     """What Loop Start asks. checkpoint_every: iterations; 0 writes one at the end alone; checkpoints_kept: 0 keeps all.
     on_out_of_memory: one of `folder.ON_OUT_OF_MEMORY`. micro_batch: samples in every
-    denoiser call of the run (DESIGN: one batch shape). lora: what is trained. start_from: a LoRA, or weights, that it begins with."""
+    denoiser call of the run (DESIGN: one batch shape), 0 until found by trial. lora: what is trained. start_from: a LoRA, or weights, that it begins with."""
 
     run_name: str = "run"
     iterations: int = 60
@@ -69,8 +72,9 @@ class RunRecord:
 class LivePolicy:
     """The policy inside a loop, the one value of the graph that changes: every Update trains it. state: the learner's, after the last whole iteration."""
 
-    def __init__(self, policy: Policy, learner: Learner, settings: LoopSettings, prompts: tuple[str, ...], watch: WatchLog):
-        self.policy, self.learner, self.settings, self.watch = policy, learner, settings, watch
+    def __init__(self, policy: Policy, learner: Learner, settings: LoopSettings, prompts: tuple[str, ...], watch: WatchLog,
+                 found: Callable[[micro_batch.Found], None]):
+        self.policy, self.learner, self.settings, self.watch, self._found = policy, learner, settings, watch, found
         self.state = learner.state()
         self.iteration = 0
         self.prompts, self._encoded, self.scoring = prompts, PromptCache(policy), Scoring()
@@ -80,6 +84,12 @@ class LivePolicy:
         upcoming = (prompt for iteration in range(self.iteration, last)
                     for prompt in prompts_of(iteration, self.prompts, self.settings.prompts_per_iteration, self.settings.seed))
         return self._encoded.get(prompts, size, upcoming)
+
+    def micro_batch(self, work: Work, conditioning: Conditioning) -> int:
+        """Samples in every denoiser call of the run, of which this work is the next: found before the first, where they are to be found."""
+        if self.settings.micro_batch == micro_batch.BY_TRIAL:
+            self._found(micro_batch.find(self.learner, work, conditioning))
+        return self.settings.micro_batch
 
 
 def prompts_of(iteration: int, prompts: tuple[str, ...], count: int, seed: int) -> tuple[str, ...]:
@@ -99,6 +109,8 @@ class Session:
                  rule: Rule | None = None):
         if not prompts.prompts:
             raise RunError("there are no prompts to train on")
+        if line := micro_batch.problem(settings.micro_batch):
+            raise RunError(line)
         if settings.start_from is not None:
             settings = replace(settings, lora=settings.lora.starting_from(settings.start_from))
         self.policy, self.prompts, self.settings, self._node_id, self._rule = policy, prompts, settings, node_id, rule
@@ -113,8 +125,8 @@ class Session:
         settings = self.settings
         if len(set(processes.all_of(self._fingerprint))) > 1:
             raise RunError("the processes do not have the same prompts, LoRA to start from or settings; accepted: the same files on every machine")
-        self.folder, self.action, micro_batch = processes.on_first(self._claim)
-        self.settings = settings = replace(settings, micro_batch=micro_batch)
+        self.folder, self.action, size = processes.on_first(self._claim)
+        self.settings = settings = replace(settings, micro_batch=size)
         with contextlib.ExitStack() as undo:
             undo.callback(self._let_go)
             processes.on_first(self._keep_source)
@@ -136,7 +148,7 @@ class Session:
             if self.action != "reopen":
                 processes.on_first(lambda: environment.note(self.folder, self._done))
                 processes.on_first(self._note_length)
-            self.live = LivePolicy(self.policy, learner, settings, self.prompts.prompts, self.watch)
+            self.live = LivePolicy(self.policy, learner, settings, self.prompts.prompts, self.watch, self._take)
             self._trackers = None if self.action == "reopen" else Trackers(self.folder, self._done, len(self.watch.rows))
             processes.on_first(lambda: live.forget_stop(self.folder))
             if processes.is_first() and host().storage is not None:
@@ -152,10 +164,17 @@ class Session:
         s = self.settings
         folder, action, self._lock = claim(s.run_name, self._fingerprint, s.iterations, s.micro_batch, s.on_existing)
         self._is_new = not folder.record
-        fits = folder.fitting(s.micro_batch) if action == "resume" and s.on_out_of_memory == "halve" else s.micro_batch
-        if fits < s.micro_batch:
-            host().say(f"run {folder.name!r} ran out of memory with a larger micro-batch: it goes on with {fits} instead of {s.micro_batch}")
+        size = s.micro_batch or (0 if action == "start" else folder.record.get("micro_batch", 0))  # of a trial, once it was made
+        fits = folder.fitting(size) if action == "resume" and s.on_out_of_memory == "halve" else size
+        if fits < size:
+            host().say(f"run {folder.name!r} ran out of memory with a larger micro-batch: it goes on with {fits} instead of {size}")
         return folder, action, fits
+
+    def _take(self, found: micro_batch.Found) -> None:
+        """The run's micro-batch from now on, however often it is resumed."""
+        self.settings = self.live.settings = replace(self.settings, micro_batch=found.size)
+        processes.on_first(lambda: self.folder.write_record(micro_batch=found.size))
+        host().say(str(found))
 
     def _keep_source(self) -> None:
         """Raises `RunError` where starting over would delete the LoRA that the run starts from."""
