@@ -4,6 +4,7 @@ from dataclasses import replace
 
 from comfy_dancegrpo.errors import RunError
 from comfy_dancegrpo.grpo.noise_steps import BRANCH, MODES, NoiseSteps
+from comfy_dancegrpo.grpo.ode_solvers import EULER, ODE_SOLVERS
 from comfy_dancegrpo.grpo.transitions import TRANSITIONS
 from comfy_dancegrpo.workflow.host import host
 
@@ -43,10 +44,12 @@ class GroupSample:
             "window_size": wires.integer(4, 1, 1000, "Of the window: steps in a row that have noise."),
             "window_interval": wires.integer(0, 0, 1_000_000, "Of the window: iterations after which it moves on by one step; 0 draws its place anew at each."),
             "noise_share": wires.number(1.0, 0.01, 1.0, "The share of the steps, from the noisiest on, in which the window or the branch may be.", 0.05),
+            "ode_solver": wires.choice(list(ODE_SOLVERS), "Of the steps after a group's last with noise, in window and branch. euler: as the others. dpm++ 2m: of second order, "
+                                       "nearer to the model's own trajectory for the same calls."),
         }, "hidden": {"unique_id": "UNIQUE_ID"}}
 
     def sample(self, policy, prompts, group_size, steps, transition, eta, shift, guidance_scale, width, height, initial_noise, frames=1,
-               noise_steps=MODES[0], window_size=4, window_interval=0, noise_share=1.0, unique_id=""):
+               noise_steps=MODES[0], window_size=4, window_interval=0, noise_share=1.0, ode_solver=EULER, unique_id=""):
         from comfy_dancegrpo.grpo.protocol import SamplingPlan, Size
         from comfy_dancegrpo.grpo.rollout import Request, Work, sample
 
@@ -65,7 +68,7 @@ class GroupSample:
             shape = family.latent_shape(size)
         except ValueError as error:
             raise RunError(f'inputs "width", "height" and "frames": {error}') from None
-        plan = SamplingPlan(family.time_grid(steps, shift, size), transition, eta, guidance_scale, size)
+        plan = SamplingPlan(family.time_grid(steps, shift, size), transition, eta, guidance_scale, size, ode_solver)
         request = Request(prompts.prompts, group_size, shape, settings.seed, policy.iteration, initial_noise == "shared", settings.micro_batch, noise)
         try:
             own_prompts = Work(request, plan).own_prompts

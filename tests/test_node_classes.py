@@ -19,7 +19,7 @@ RECORDED = {
         "policy prompts run_name iterations prompts_per_iteration seed learning_rate weight_decay lora_rank lora_alpha lora_targets "
         "ema_decay micro_batch checkpoint_every on_existing", "warmup schedule lora optimizer gradient_checkpointing checkpoints_kept on_out_of_memory schedule_cycles processes", "DANCEGRPO_LIVE_POLICY DANCEGRPO_PROMPTS INT"),
     "DanceGRPOGroupSample": (
-        "policy prompts group_size steps transition eta shift guidance_scale width height initial_noise", "frames noise_steps window_size window_interval noise_share", "DANCEGRPO_ROLLOUT IMAGE"),
+        "policy prompts group_size steps transition eta shift guidance_scale width height initial_noise", "frames noise_steps window_size window_interval noise_share ode_solver", "DANCEGRPO_ROLLOUT IMAGE"),
     "DanceGRPOLoadReward": ("reward model batch_size", "base frames frame_score device fps offload", "DANCEGRPO_REWARD"),
     "DanceGRPOScore": ("rollout reward weight", "images scores", "DANCEGRPO_SCORES"),
     "DanceGRPORemoteReward": ("address reward batch_size connections timeout retries", "fps", "DANCEGRPO_REWARD"),
@@ -66,6 +66,8 @@ CHOICES = {
     "DanceGRPOWatch.below": {"best", "start"},
     "DanceGRPOGroupSample.transition": {"dance_sde", "flow_grpo_sde", "cps", "ddim"},
     "DanceGRPOGroupSample.initial_noise": {"shared", "independent"},
+    "DanceGRPOGroupSample.noise_steps": {"all", "window", "branch"},
+    "DanceGRPOGroupSample.ode_solver": {"euler", "dpm++ 2m"},
     "DanceGRPOLoadReward.reward": {"aesthetic", "clip_score", "hps_v2", "pickscore", "hps_v3", "image_reward", "jpeg_size", "ocr", "shapes_agreement",
                                   *(f"video_align_{part}{raw}" for part in ("visual", "motion", "text", "overall") for raw in ("", "_raw"))},
     "DanceGRPOLoadReward.model": {"embedded"},

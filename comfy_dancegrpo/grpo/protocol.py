@@ -119,13 +119,14 @@ class CallCount:
 
 @dataclass(frozen=True)
 class SamplingPlan:
-    """How trajectories are sampled, and replayed alike."""
+    """How trajectories are sampled, and replayed alike. ode_solver: one of `ode_solvers.ODE_SOLVERS`, after a group's last step with noise."""
 
     grid: TimeGrid
     transition: str = "dance_sde"
     eta: float = 0.3
     guidance_scale: float = 3.5
     size: Size = Size(512, 512)
+    ode_solver: str = "euler"
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from torch import Tensor
 from .. import processes
 from .noise import generator
 from .noise_steps import NoiseSteps, whole_groups
+from .ode_solvers import DPM_PP_2M, second_order
 from .protocol import CallCount, Conditioning, Denoiser, Rollout, SamplingPlan
 from .transitions import TRANSITIONS
 from .walk import Walk
@@ -64,6 +65,14 @@ class Work:
     def common(self) -> Tensor:
         first = torch.where(self.noisy.any(1), self.noisy.int().argmax(1) + 1, 0)
         return first if self.request.shared_noise else torch.zeros_like(first)
+
+    @functools.cached_property
+    def second_order(self) -> Tensor:
+        """[P, T] float64: `ode_solvers.second_order` from the second step on after a group's last with noise; 0 where a step is of order 1."""
+        weights = second_order(self.plan.grid.levels, TRANSITIONS[self.plan.transition].process)
+        last = self.noisy.shape[1] - 1 - self.noisy.flip(1).int().argmax(1)
+        past = (torch.arange(len(weights)) >= last[:, None] + 2) & self.noisy.any(1, keepdim=True)
+        return torch.where(past & (self.plan.ode_solver == DPM_PP_2M), weights, 0.0)
 
     @property
     def whole_groups(self) -> bool:

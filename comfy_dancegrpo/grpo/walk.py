@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -44,6 +45,7 @@ class Walk:
         request, levels, steps = work.request, work.plan.grid.levels, work.plan.grid.steps
         self.policy, self.work, self.conditioning, self.calls, self.size = policy, work, conditioning, CallCount(), request.micro_batch
         self.groups, self.x = request.groups[rows], noise.to(levels.device)
+        self.x0 = torch.zeros_like(self.x) if bool(work.second_order.any()) else None  # of each row's step before
         self.sources = [generator("step", request.seed, request.iteration, g, i) for g, i in zip(self.groups.tolist(), request.indices[rows].tolist())]
         # on an accelerator they would lie idle until they are replayed
         self.states = torch.zeros((len(rows), steps, *noise.shape[1:]), dtype=noise.dtype, pin_memory=levels.is_cuda) if record else None
@@ -62,6 +64,7 @@ class Walk:
             for (row, t), value in zip(call, before):
                 self._keep(row, t, value)
             ended = [k for k, (_, t) in enumerate(call) if t == steps - 1]
+            gaussian = self._solved(call, gaussian)
             self._go_on(call, gaussian)
             if ended:
                 self.x[[call[k][0] for k in ended]] = at_least_float32(getattr(gaussian, scored))[ended]
@@ -108,6 +111,19 @@ class Walk:
             gaussian = step(self.policy, before, steps.to(x.device), self.conditioning.rows(of), plan, noisy, self.calls, len(call))
             if call:
                 yield call, before[:len(call)], gaussian
+
+    def _solved(self, call: Call, gaussian: Gaussian) -> Gaussian:
+        """The Gaussian [B, ...], its mean that of order 2 in the real rows whose step is of it; the others' and the std are as they were."""
+        if self.x0 is None:
+            return gaussian
+        rows, x0, mean = [row for row, _ in call], at_least_float32(gaussian.x0)[:len(call)], at_least_float32(gaussian.mean).clone()
+        weights = torch.stack([self.work.second_order[self.groups[row], t] for row, t in call])
+        k = weights.nonzero()[:, 0].tolist()
+        if k:
+            weight = weights[k].to(mean.dtype).to(mean.device).view(-1, *[1] * (mean.ndim - 1))
+            mean[k] = mean[k] + weight * (x0[k] - self.x0[[rows[j] for j in k]])
+        self.x0[rows] = x0
+        return replace(gaussian, mean=mean)
 
     def _go_on(self, call: Call, gaussian: Gaussian) -> None:
         """The real rows go to x_next ~ the Gaussian [B, ...], each with noise from its own generator, or without to its mean."""
