@@ -27,6 +27,8 @@ from .settings import MODES, WORKFLOWS, Setting, published
 
 PHASES = ("prompts", "denoise", "decode", "reward", "replay", "records", "total")
 LIMITS = {"embedded": 1e-5}  # of the gradients' relative difference, in float32
+_WHOLE = ("prompts_per_iteration", "group_size", "steps", "micro_batch", "optimizer_steps", "lora_rank", "window_size", "window_interval", "warmup", "best_of")
+_REAL = ("train_fraction", "noise_share", "eta", "clip_range", "learning_rate", "ema_decay")
 OTHER = 1e-3  # of random weights, where guidance and DDIM's division by a small alpha magnify what kernels round
 
 
@@ -42,12 +44,7 @@ def parser() -> argparse.ArgumentParser:
     add("--no-gradients", action="store_true", help="do not compare the gradients")
     add("--json", type=Path, help="where to write what was measured")
     add("--dtype", choices=["float32", "bfloat16"], default="", help="else bfloat16 for real families on an accelerator, float32 otherwise")
-    for name in ("prompts-per-iteration", "group-size", "steps", "micro-batch", "optimizer-steps", "lora-rank", "window-size", "window-interval", "warmup", "best-of"):
-        add(f"--{name}", type=int)
-    for name in ("train-fraction", "noise-share", "eta", "clip-range", "learning-rate"):
-        add(f"--{name}", type=float)
-    add("--initial-noise", choices=["shared", "independent"])
-    add("--size", help="HEIGHTxWIDTH in pixels, or HEIGHTxWIDTHxFRAMES")
+    add_changes(made)
     for name in ("depth", "heads", "tokens"):
         add(f"--{name}", type=int, help="of a real family, smaller than published")
     add("--formula", action="store_true", help="the denoiser's inputs for each prompt in every mode, by the formulas alone; nothing is loaded")
@@ -62,15 +59,27 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
+def add_changes(made: argparse._ActionsContainer, besides: Sequence[str] = ()) -> None:
+    """What `changes_of` reads. besides: names that are left out."""
+    for names, kind in ((_WHOLE, int), (_REAL, float)):
+        for name in names:
+            if name not in besides:
+                made.add_argument(f"--{name.replace('_', '-')}", type=kind)
+    made.add_argument("--initial-noise", choices=["shared", "independent"])
+    made.add_argument("--size", help="HEIGHTxWIDTH in pixels, or HEIGHTxWIDTHxFRAMES")
+
+
+def changes_of(options: argparse.Namespace) -> dict[str, Any]:
+    """Of the settings, by the command line."""
+    changes = {name: value for name in (*_WHOLE, *_REAL, "initial_noise") if (value := getattr(options, name, None)) is not None}
+    if options.size:
+        changes |= dict(zip(("height", "width", "frames"), map(int, options.size.split("x"))))
+    return changes
+
+
 def setting_of(options: argparse.Namespace, mode: str) -> Setting:
     """The workflow's, with what the command line says."""
-    names = ("prompts_per_iteration", "group_size", "steps", "micro_batch", "optimizer_steps", "lora_rank", "window_size", "window_interval", "warmup", "best_of",
-             "train_fraction", "noise_share", "eta", "clip_range", "learning_rate", "initial_noise")
-    changes: dict[str, Any] = {name: getattr(options, name) for name in names}
-    if options.size:
-        numbers = [int(part) for part in options.size.split("x")]
-        changes |= dict(zip(("height", "width", "frames"), numbers))
-    return published(options.policy, mode, **changes)
+    return published(options.policy, mode, **changes_of(options))
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:

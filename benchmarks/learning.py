@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from statistics import mean, median, stdev
 from typing import Any
 
-from .settings import ITERATIONS, Setting
-
-NOISES = (1000, 2)  # of the evaluation: seed, and samples of each caption
-BACKWARD = 3  # calls that one with its backward pass counts as
+from .settings import BACKWARD, ITERATIONS, Setting
 
 
 def captions(split: str) -> list[str]:
@@ -25,53 +21,16 @@ def captions(split: str) -> list[str]:
 
 
 def train(setting: Setting, seed: int, iterations: int, every: int, device: str) -> Iterator[dict[str, Any]]:
-    """The points of one run, the first before training: iteration, calls (samples, padding included), seconds, reward, exact; each as it is measured.
+    """The points of one run, the first before training: iteration, calls and seconds as `Trial` counts them, reward, exact; each as it is measured."""
+    from .trial import Trial
 
-    seconds: of training alone; on a CPU those that the process computed, so that other work beside it does not count.
-    """
-    import torch
-    from comfy_dancegrpo import policies, rewards
-    from comfy_dancegrpo.grpo.advantages import combine
-    from comfy_dancegrpo.grpo.learner import Learner
-    from comfy_dancegrpo.grpo.protocol import Column, SamplingPlan, Scores
-    from comfy_dancegrpo.grpo.rollout import sample
-    from comfy_dancegrpo.grpo.update import update
-    from comfy_dancegrpo.lora.adapter import Adapter
-    from comfy_dancegrpo.runs.evaluate import HeldOut
-    from comfy_dancegrpo.runs.prompt_cache import PromptCache, encode
-    from comfy_dancegrpo.runs.session import prompts_of
-
-    where = torch.device(device)
-    clock = time.process_time if where.type == "cpu" else lambda: torch.cuda.synchronize(where) or time.perf_counter()
-    training, held_out = tuple(captions("train")), captions("validation")
-    policy, reward, exact = policies.load("embedded"), rewards.load("clip_score", batch_size=64), rewards.load("shapes_agreement")
-    policy.to(where)
-    plan, cache = setting.plan(policy), PromptCache(policy)
-    still = SamplingPlan(plan.grid, "ode", 0.0, setting.guidance_scale, setting.size)
-    held = HeldOut(tuple(held_out), (reward, exact), still, NOISES[0], 32, NOISES[1])
-    conditioning = encode(policy, held_out, setting.size)
-    adapter = Adapter(policy, setting.lora, seed)
-    try:
-        learner = Learner(policy, adapter.parameters, setting.optimizer, "learning")
-        calls, seconds = 0, 0.0
+    with Trial(setting, seed, captions("train"), captions("validation"), device) as trial:
         for iteration in range(iterations + 1):
             if iteration % every == 0 or iteration == iterations:
-                with learner.holding({name: value.to(where) for name, value in learner.weights().items()}):  # the average, as it is saved
-                    found = held.score(held.draw(policy, conditioning))
-                yield {"iteration": iteration, "calls": calls, "seconds": seconds, "reward": found[held.names[0]].mean().item(),
-                       "exact": found[held.names[1]].mean().item()}
-            if iteration == iterations:
-                return
-            start = clock()
-            prompts = prompts_of(iteration, training, setting.prompts_per_iteration, seed)
-            rollout = sample(policy, setting.request(policy, prompts, seed, iteration), cache.get(prompts, setting.size), plan, learner.version)
-            column = Column(reward.name, 1.0, reward.of(rollout))
-            stats = update(learner, combine(Scores(rollout, (column,)), setting.clamp, best_of=setting.best_of), setting.update)
-            seconds += clock() - start
-            both = rollout.calls + stats.calls
-            calls += both.forward + BACKWARD * both.backward
-    finally:
-        adapter.remove()
+                found = trial.scores()
+                yield {"iteration": iteration, "calls": trial.calls, "seconds": trial.seconds, **{name: of_all.mean().item() for name, of_all in found.items()}}
+            if iteration < iterations:
+                trial.iterate()
 
 
 def reached(points: Sequence[dict[str, Any]], target: float, what: str) -> float | None:

@@ -14,25 +14,31 @@ from comfy_dancegrpo.workflow.schema import object_info
 
 if TYPE_CHECKING:
     from comfy_dancegrpo.grpo.learner import OptimizerSettings
-    from comfy_dancegrpo.grpo.protocol import SamplingPlan, Size
+    from comfy_dancegrpo.grpo.protocol import Advantages, SamplingPlan, Scores, Size
     from comfy_dancegrpo.grpo.rollout import Request
     from comfy_dancegrpo.grpo.update import UpdateSettings
     from comfy_dancegrpo.lora.adapter import LoraSettings
     from comfy_dancegrpo.policies.base import Policy
 
 ROOT = Path(__file__).resolve().parent.parent
-WORKFLOWS = {"embedded": "quickstart", "flux": "flux_dev", "sd15": "sd15", "hunyuan-video": "hunyuan_video"}  # by policy, with its published settings
+WORKFLOWS = {  # by policy, with its published settings
+    "embedded": "quickstart", "embedded_diffusion": "quickstart", "flux": "flux_dev", "sd15": "sd15", "hunyuan-video": "hunyuan_video"}
 
 _ALL = {
     "prompts_per_iteration": 8, "group_size": 4, "steps": 6, "eta": 1.7, "train_fraction": 1.0, "clip_range": 1e-3, "micro_batch": 32, "optimizer_steps": 5,
     "learning_rate": 4e-3, "lora_targets": "modulation", "lora_rank": 8, "lora_alpha": 8.0, "warmup": 20, "ema_decay": 0.98,
 }
-MODES: dict[str, dict[str, Any]] = {  # of the embedded policy; those of branch are not tuned (docs/speed.md)
+MODES: dict[str, dict[str, Any]] = {  # of the embedded policies; those of branch are not tuned (docs/speed.md)
     "all": _ALL,
     "window": _ALL | {"window_size": 2},
     "branch": _ALL | {"micro_batch": 8, "optimizer_steps": 2, "warmup": 10},
 }
+EMBEDDED: dict[str, dict[str, Any]] = {  # what the other kind of process changes in that; not tuned
+    "embedded": {},
+    "embedded_diffusion": {"transition": "ddim", "eta": 1.0, "shift": 0.0, "steps": 10, "optimizer_steps": 3, "lora_targets": "all linear layers"},
+}
 ITERATIONS = {"all": 60, "window": 90, "branch": 120}  # of --learning
+BACKWARD = 3  # calls that one with its backward pass counts as
 
 
 @dataclass(frozen=True)
@@ -70,6 +76,10 @@ class Setting:
     max_grad_norm: float
     best_of: int
     clamp: float
+    estimator: str
+    objective: str
+    clip_range_high: float
+    kl_weight: float
 
     @property
     def shared(self) -> bool:
@@ -101,7 +111,13 @@ class Setting:
     def update(self) -> UpdateSettings:
         from comfy_dancegrpo.grpo.update import UpdateSettings
 
-        return UpdateSettings(self.clip_range, self.train_fraction, self.optimizer_steps, self.max_grad_norm)
+        return UpdateSettings(self.clip_range, self.train_fraction, self.optimizer_steps, self.max_grad_norm, objective=self.objective,
+                              clip_range_high=self.clip_range_high, kl_weight=self.kl_weight)
+
+    def advantages(self, scores: Scores) -> Advantages:
+        from comfy_dancegrpo.grpo.advantages import combine
+
+        return combine(scores, self.clamp, best_of=self.best_of, estimator=self.estimator)
 
     def plan(self, policy: Policy) -> SamplingPlan:
         from comfy_dancegrpo.grpo.protocol import SamplingPlan
@@ -115,7 +131,7 @@ class Setting:
 
 
 def published(policy: str, mode: str = "all", **changes: Any) -> Setting:
-    """Of the policy's bundled workflow, in a mode; of one that is not embedded for one prompt and one optimizer step.
+    """Of the policy's bundled workflow, in a mode; of one that is not embedded, for one prompt and one optimizer step.
 
     changes: other fields; those that are None change nothing.
     """
@@ -124,8 +140,8 @@ def published(policy: str, mode: str = "all", **changes: Any) -> Setting:
     inputs: dict[str, Any] = {"policy": policy}
     for kind in ("LoopStart", "GroupSample", "Update", "Advantage"):
         inputs |= next(node["inputs"] for node in graph.values() if node["class_type"] == f"DanceGRPO{kind}")
-    own = {"prompts_per_iteration": 1, "optimizer_steps": 1} if policy != "embedded" else {}
-    found = inputs | {"policy": policy, "noise_steps": mode} | own | (MODES[mode] if policy == "embedded" else {})
+    own = MODES[mode] | EMBEDDED[policy] if policy in EMBEDDED else {"prompts_per_iteration": 1, "optimizer_steps": 1}
+    found = inputs | {"policy": policy, "noise_steps": mode} | own
     setting = Setting(**{field.name: found[field.name] for field in fields(Setting)})
     if mode == "branch":
         setting = replace(setting, initial_noise="shared")

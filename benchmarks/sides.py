@@ -12,21 +12,22 @@ from pathlib import Path
 import torch
 from comfy_dancegrpo import policies, rewards
 from comfy_dancegrpo.embedded import PROMPTS
-from comfy_dancegrpo.grpo.advantages import combine
 from comfy_dancegrpo.grpo.learner import Learner
 from comfy_dancegrpo.grpo.noise import generator
+from comfy_dancegrpo.grpo.pairs import shares
 from comfy_dancegrpo.grpo.protocol import Advantages, CallCount, Column, Rollout, Scores
 from comfy_dancegrpo.grpo.rollout import initial_noise, sample
-from comfy_dancegrpo.grpo.update import UpdateSettings, shares, update
+from comfy_dancegrpo.grpo.update import UpdateSettings, update
 from comfy_dancegrpo.policies.base import Policy
 from comfy_dancegrpo.prompts import PromptList
-from comfy_dancegrpo.runs.session import LoopSettings, Session, prompts_of
+from comfy_dancegrpo.runs.prompt_order import prompts_of
+from comfy_dancegrpo.runs.session import LoopSettings, Session
 from comfy_dancegrpo.workflow.host import Host, use
 
 from . import formulas, random_families, reference
 from .formulas import Calls
 from .probe import Clock, PeakMemory, Probe, Seen
-from .settings import Setting
+from .settings import EMBEDDED, Setting
 
 TRAIN = tuple((PROMPTS / "shapes_train.txt").read_text(encoding="utf-8").splitlines())
 SEED = 0
@@ -96,10 +97,10 @@ class _Where(Host):
 def bench(setting: Setting, device: str, iterations: int, cut: random_families.Cut = random_families.Cut(), dtype: str = "") -> Iterator[Bench]:
     """iterations: how many the session will have, all sides of ours together. dtype: empty for float32 on a CPU and of the embedded policy, bfloat16 else."""
     where = torch.device(device)
-    dtype = dtype or ("float32" if where.type == "cpu" or setting.policy == "embedded" else "bfloat16")
+    dtype = dtype or ("float32" if where.type == "cpu" or setting.policy in EMBEDDED else "bfloat16")
     with tempfile.TemporaryDirectory() as folder, use(_Where(Path(folder), where)):
-        if setting.policy == "embedded":
-            policy, encode = policies.load("embedded", dtype), None
+        if setting.policy in EMBEDDED:
+            policy, encode = policies.load(setting.policy, dtype), None
         else:
             policy, encode = random_families.make(setting.policy, getattr(torch, dtype), where, cut)
         reward = rewards.load("clip_score", batch_size=64) if encode is None else rewards.load("jpeg_size")
@@ -119,7 +120,7 @@ def bench(setting: Setting, device: str, iterations: int, cut: random_families.C
 def scored(bench: Bench, setting: Setting, rollout: Rollout, start: float) -> Advantages:
     """start: when scoring began, by `perf_counter`."""
     column = Column(bench.reward.name, 1.0, bench.reward.of(rollout))
-    return combine(Scores(rollout, (column,), time.perf_counter() - start), setting.clamp, best_of=setting.best_of)
+    return setting.advantages(Scores(rollout, (column,), time.perf_counter() - start))
 
 
 def ours(bench: Bench, setting: Setting) -> Turn:
