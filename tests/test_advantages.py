@@ -8,8 +8,8 @@ import torch
 
 from comfy_dancegrpo.grpo import estimators
 from comfy_dancegrpo.grpo.advantages import best_and_worst, combine, of_one_reward
-from comfy_dancegrpo.grpo.groups import BATCH, BATCH_STD, ESTIMATORS, LEAVE_ONE_OUT, NORMALISE_FIRST, PER_PROMPT, RANK, SUM_FIRST
-from comfy_dancegrpo.grpo.protocol import Column, Scores
+from comfy_dancegrpo.grpo.groups import BATCH, BATCH_STD, ESTIMATORS, LEARNED_VALUE, LEAVE_ONE_OUT, NORMALISE_FIRST, PER_PROMPT, RANK, SUM_FIRST
+from comfy_dancegrpo.grpo.protocol import Column, Conditioning, Scores
 
 
 def normalised(values):
@@ -20,7 +20,9 @@ def normalised(values):
 def scores(groups, *columns):
     """Scores of a rollout of which nothing but its groups is looked at; columns are (weight, values)."""
     places = torch.tensor([groups[:row].count(group) for row, group in enumerate(groups)])
-    rollout = SimpleNamespace(groups=torch.tensor(groups), indices=places, prompts=tuple(f"p{group}" for group in groups), history={})
+    words = torch.randn(max(groups) + 1, 5, 7, generator=torch.Generator().manual_seed(0))
+    rollout = SimpleNamespace(groups=torch.tensor(groups), indices=places, prompts=tuple(f"p{group}" for group in groups), history={},
+                              conditioning=Conditioning({"embeds": words}), seed=0)
     return Scores(rollout, tuple(Column(f"r{k}", weight, torch.tensor(values)) for k, (weight, values) in enumerate(columns)))
 
 
@@ -226,6 +228,7 @@ def expected(estimator):
             RANK: lambda: (ranks[own.index(value)] - mean(ranks)) / std(ranks),
             LEAVE_ONE_OUT: lambda: value - mean(others),
             PER_PROMPT: lambda: (value - mean(VALUES)) / std(VALUES),  # with nothing remembered: those of the iteration
+            LEARNED_VALUE: lambda: (value - mean(VALUES)) / std(VALUES),  # with nothing learned
         }[estimator]())
     return found
 
@@ -236,12 +239,12 @@ def test_each_estimator_in_any_order_of_the_rows(estimator):
     groups, values = [GROUPS[row] for row in order], [VALUES[row] for row in order]
     found = combine(scores(groups, (1.0, values)), estimator=estimator)
     np.testing.assert_allclose(found.values, np.array(expected(estimator))[order], rtol=2e-6, atol=1e-7)
-    assert not found.flat.any() and (found.history is not None) == (estimator == PER_PROMPT)
+    assert not found.flat.any() and (found.history is not None) == (estimator in (PER_PROMPT, LEARNED_VALUE))
 
 
 def test_the_estimators_are_not_each_other():
     columns = [tuple(np.round(expected(estimator), 6)) for estimator in ESTIMATORS]
-    assert len(set(columns)) == len(columns) - 1  # of a prompt's first iteration nothing is known but that
+    assert len(set(columns)) == len(columns) - 2  # of a prompt's first iteration nothing is known but that
 
 
 def test_ties_share_a_rank():
@@ -259,7 +262,7 @@ def test_flat_groups_train_nothing_whatever_they_are_compared_with(estimator):
 
 
 @pytest.mark.parametrize("combination", [NORMALISE_FIRST, SUM_FIRST])
-@pytest.mark.parametrize("estimator", [BATCH_STD, BATCH, RANK, LEAVE_ONE_OUT, PER_PROMPT])
+@pytest.mark.parametrize("estimator", [BATCH_STD, BATCH, RANK, LEAVE_ONE_OUT, PER_PROMPT, LEARNED_VALUE])
 def test_several_rewards_are_combined_alike_by_any_estimator(estimator, combination):
     first, second = [0.1, 0.4, 0.2, 0.9, 0.8, 0.3], [30.0, 10.0, 20.0, 50.0, 10.0, 40.0]
     groups = [0, 0, 0, 1, 1, 1]

@@ -7,9 +7,9 @@ import json
 import pytest
 import torch
 from comfy_dancegrpo import policies
-from comfy_dancegrpo.grpo import estimators
+from comfy_dancegrpo.grpo import value
 from comfy_dancegrpo.grpo.advantages import combine
-from comfy_dancegrpo.grpo.groups import PER_PROMPT
+from comfy_dancegrpo.grpo.groups import LEARNED_VALUE
 from comfy_dancegrpo.grpo.learner import Learner, OptimizerSettings
 from comfy_dancegrpo.grpo.noise import generator
 from comfy_dancegrpo.grpo.objectives import OBJECTIVES
@@ -77,12 +77,11 @@ def test_every_objective_replays_exactly_and_tells_how_far_the_lora_has_gone(one
 
 
 # -- what goes from one iteration to the next -------------------------------------------------------------------------------------
-def test_the_history_of_prompts_reaches_the_next_rollout_and_a_resumed_run(cli, loop_only, saved, tiny_loop, tmp_path, monkeypatch):
-    """Four iterations on two prompts, at once and in two runs: the same LoRA, and another than without what is remembered."""
-    monkeypatch.setattr(estimators, "FEWEST", 4)  # reached by the second visit of a prompt
+def test_what_an_estimator_remembers_reaches_the_next_rollout_and_a_resumed_run(cli, loop_only, saved, tiny_loop, tmp_path, monkeypatch):
+    """Four iterations on two prompts, at once and in two runs: the same LoRA and the same learned value, and another LoRA than without one."""
     loop_only["4"]["inputs"]["checkpoint_every"] = 1
     prompts, advantage = (next(node for node in loop_only.values() if node["class_type"] == f"DanceGRPO{kind}") for kind in ("PromptSet", "Advantage"))
-    prompts["inputs"]["limit"], advantage["inputs"]["estimator"] = 2, PER_PROMPT
+    prompts["inputs"]["limit"], advantage["inputs"]["estimator"] = 2, LEARNED_VALUE
     words = [saved(loop_only), "--output", tmp_path, *tiny_loop]
 
     def lora(name, *more):
@@ -95,7 +94,7 @@ def test_the_history_of_prompts_reaches_the_next_rollout_and_a_resumed_run(cli, 
     resumed = lora("resumed", "--iterations", 4, "--set", "Loop Start.on_existing=resume")
     assert straight.keys() == resumed.keys() and "history" in straight
     assert [name for name in straight if not torch.equal(straight[name], resumed[name])] == []
-    monkeypatch.setattr(estimators, "FEWEST", 1000)
+    monkeypatch.setattr(value, "STEPS", 0)
     forgetful = lora("forgetful", "--iterations", 4)
     assert any(not torch.equal(value, forgetful[name]) for name, value in straight.items() if name.startswith("parameters."))
 

@@ -76,7 +76,7 @@ CHOICES = {
     "DanceGRPOAdjustScores.operation": {"threshold", "rank", "clip", "negate"},
     "DanceGRPOAdvantage.combine": {"normalise each, then sum", "sum, then normalise"},
     "DanceGRPOUpdate.objective": {"clipped", "grpo_guard", "reinforce"},
-    "DanceGRPOAdvantage.estimator": {"group", "group mean, batch std", "per-prompt history", "batch", "rank", "leave-one-out"},
+    "DanceGRPOAdvantage.estimator": {"group", "group mean, batch std", "per-prompt history", "batch", "rank", "leave-one-out", "learned value"},
 }
 ENGINE_BUILT = {"DanceGRPOLoopStart", "DanceGRPOLoopRunner"}  # called by the loop, with what it made
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from . import estimators
-from .groups import GROUP, NORMALISE_FIRST, PER_PROMPT, SUM_FIRST, members
-from .protocol import Advantages, Scores
+from .groups import GROUP, NORMALISE_FIRST, SUM_FIRST, members
+from .protocol import Advantages, Rollout, Scores
 
 
 def flat_groups(values: Tensor, groups: Tensor) -> Tensor:
@@ -17,16 +15,16 @@ def flat_groups(values: Tensor, groups: Tensor) -> Tensor:
     return torch.stack([values[rows].std() <= 1e-6 * (1 + values[rows].mean().abs()) for rows in members(groups)])
 
 
-def of_one_reward(values: Tensor, groups: Tensor, estimator: str = GROUP, prompts: Sequence[str] = (),
-                  history: estimators.History = {}) -> tuple[Tensor, Tensor, dict | None]:
+def of_one_reward(values: Tensor, groups: Tensor, estimator: str = GROUP, rollout: Rollout | None = None,
+                  history: estimators.History = {}) -> tuple[Tensor, Tensor, estimators.History | None]:
     """The advantages by one reward, whose flat groups have none, whatever they are compared with.
 
     Args:
         values: [N] scores. groups: [N] int64 in 0..P-1, each group with at least two members. estimator: one of `groups.ESTIMATORS`.
-        prompts: N, and history: their scores in former iterations; for `PER_PROMPT`.
+        rollout: of the scores, and history: what was remembered of former ones; for those of `estimators.REMEMBERING`.
 
     Returns:
-        advantages [N] float64; flat [P] bool; for `PER_PROMPT` the history with these scores, else None.
+        advantages [N] float64; flat [P] bool; what is remembered now, else None.
 
     Raises:
         ValueError: a score is NaN or infinite (it would make its whole group so), or a group has one member.
@@ -36,8 +34,8 @@ def of_one_reward(values: Tensor, groups: Tensor, estimator: str = GROUP, prompt
         raise ValueError(f"the score of sample {bad} is {values[bad].item()}, accepted: finite numbers")
     values = values.double()  # in float32 the mean of scores near 1000 is off by 1e-4 of a spread of 0.5
     flat = flat_groups(values, groups)
-    if estimator == PER_PROMPT:
-        found, remembered = estimators.per_prompt(values, prompts, history)
+    if estimator in estimators.REMEMBERING:
+        found, remembered = estimators.REMEMBERING[estimator](values, rollout, history)
     else:
         found, remembered = estimators.OF_ONE_ITERATION[estimator](values, groups), None
     return found.masked_fill(flat[groups], 0.0), flat, remembered
@@ -82,7 +80,7 @@ def combine(scores: Scores, clamp: float = 5.0, combination: str = NORMALISE_FIR
         columns = [("", 1.0, sum(weight * values.double() for _, weight, values in columns))]
     total, flat, history = torch.zeros(len(groups)), torch.ones(int(groups.max()) + 1, dtype=torch.bool), None
     for name, weight, values in columns:
-        past = (rollout.prompts, rollout.history.get(name, {})) if estimator == PER_PROMPT else ()
+        past = (rollout, rollout.history.get(name, {})) if estimator in estimators.REMEMBERING else ()
         found, flat_here, remembered = of_one_reward(values, groups, estimator, *past)
         total = total + weight * found.float()
         flat = flat & (flat_here | (weight == 0))

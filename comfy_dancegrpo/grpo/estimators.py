@@ -6,18 +6,22 @@ groups: [N] int64 in 0..P-1, each group with at least two members. std is the un
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from . import adjustments
-from .groups import BATCH, BATCH_STD, GROUP, LEAVE_ONE_OUT, RANK, members
+from . import adjustments, value
+from .groups import BATCH, BATCH_STD, GROUP, LEARNED_VALUE, LEAVE_ONE_OUT, PER_PROMPT, RANK, members
+
+if TYPE_CHECKING:
+    from .protocol import Rollout
 
 EPSILON = 1e-8
 WINDOW, FEWEST = 32, 16  # of `per_prompt`, as in DDPO's published configuration: scores remembered of a prompt, and from how many on they are used
 
 History = Mapping[str, Sequence[float]]
-"""The last scores of each prompt, by `key`, oldest first."""
+"""What an estimator remembers of a reward: the last scores of each prompt, by `key`, oldest first, or a `value.State`."""
 
 
 def group(values: Tensor, groups: Tensor) -> Tensor:
@@ -45,19 +49,19 @@ def leave_one_out(values: Tensor, groups: Tensor) -> Tensor:
     return _by_group(values, groups, lambda member: member - (member.sum() - member) / (len(member) - 1))
 
 
-def per_prompt(values: Tensor, prompts: Sequence[str], history: History) -> tuple[Tensor, dict[str, list[float]]]:
+def per_prompt(values: Tensor, rollout: Rollout, history: History) -> tuple[Tensor, History]:
     """(r - mean) / std of the prompt's last `WINDOW` scores, these among them: DDPO (arXiv 2305.13301; `per_prompt_stat_tracking` of its code).
 
     Those of all scores of this iteration stand in where there are fewer than `FEWEST` of the prompt.
 
     Args:
-        prompts: N, by which scores are remembered. history: of the iterations before.
+        rollout: whose prompts scores are remembered by. history: of the iterations before.
 
     Returns:
         The advantages [N], and the history with these scores.
     """
     rows: dict[str, list[int]] = {}
-    for row, prompt in enumerate(prompts):
+    for row, prompt in enumerate(rollout.prompts):
         rows.setdefault(key(prompt), []).append(row)
     history = {**history, **{name: [*history.get(name, ()), *values[of_prompt].tolist()][-WINDOW:] for name, of_prompt in rows.items()}}
     found = torch.empty_like(values)
@@ -65,6 +69,19 @@ def per_prompt(values: Tensor, prompts: Sequence[str], history: History) -> tupl
         known = values if len(history[name]) < FEWEST else torch.tensor(history[name], dtype=values.dtype)
         found[of_prompt] = (values[of_prompt] - known.mean()) / (known.std() + EPSILON)
     return found, history
+
+
+def learned_value(values: Tensor, rollout: Rollout, history: History) -> tuple[Tensor, History]:
+    """(r - V) / std of all r - V, with V the value of the prompt (`value`) as it was before it saw these scores: the baseline of DPOK (arXiv 2305.16381).
+    At first V is the mean of these scores, and the advantages are those of `batch`.
+
+    Returns:
+        The advantages [N], and the value fitted to these scores.
+    """
+    z = value.features(rollout.conditioning, rollout.seed)[rollout.groups.cpu()]
+    history = history or value.begun(values, z, rollout.seed)
+    residuals = values - value.expected(history, z)
+    return residuals / (residuals.std() + EPSILON), value.fitted(history, values, z)
 
 
 def key(prompt: str) -> str:
@@ -83,3 +100,4 @@ def _by_group(values: Tensor, groups: Tensor, of: Callable[[Tensor], Tensor]) ->
 OF_ONE_ITERATION: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     GROUP: group, BATCH_STD: group_mean_batch_std, BATCH: batch, RANK: rank, LEAVE_ONE_OUT: leave_one_out,
 }
+REMEMBERING: dict[str, Callable[[Tensor, Rollout, History], tuple[Tensor, History]]] = {PER_PROMPT: per_prompt, LEARNED_VALUE: learned_value}

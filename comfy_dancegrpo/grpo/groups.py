@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 NORMALISE_FIRST, SUM_FIRST = COMBINATIONS = ("normalise each, then sum", "sum, then normalise")
-GROUP, BATCH_STD, PER_PROMPT, BATCH, RANK, LEAVE_ONE_OUT = ESTIMATORS = (
-    "group", "group mean, batch std", "per-prompt history", "batch", "rank", "leave-one-out")
+GROUP, BATCH_STD, PER_PROMPT, BATCH, RANK, LEAVE_ONE_OUT, LEARNED_VALUE = ESTIMATORS = (
+    "group", "group mean, batch std", "per-prompt history", "batch", "rank", "leave-one-out", "learned value")
 
 
 def members(groups: Tensor) -> Iterator[Tensor]:

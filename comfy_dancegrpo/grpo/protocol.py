@@ -141,7 +141,7 @@ class Rollout:
     trained (all but the last), 0 where there was no noise. pictures: [n, H, W, 3] (videos [n, F, H, W, 3]) float32, 0..1, on the CPU; every_picture: those
     of all N, in the first process; None in the others. version: of the policy that it was sampled from. iteration: from 0.
     early: the scores that rewards gave while it was drawn (`rewards.early.Early`), where there are such.
-    history: of each reward, the scores of former iterations by prompt, where an advantage is taken from them (`estimators.per_prompt`).
+    history: of each reward, what an estimator of advantages remembers of former iterations (`estimators.REMEMBERING`).
     """
 
     prompts: tuple[str, ...]
