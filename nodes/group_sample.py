@@ -46,10 +46,11 @@ class GroupSample:
             "noise_share": wires.number(1.0, 0.01, 1.0, "The share of the steps, from the noisiest on, in which the window or the branch may be.", 0.05),
             "ode_solver": wires.choice(list(ODE_SOLVERS), "Of the steps after a group's last with noise, in window and branch. euler: as the others. dpm++ 2m: of second order, "
                                        "nearer to the model's own trajectory for the same calls."),
+            "eta_end": wires.number(-1.0, -1.0, 10.0, "eta in the run's last iteration: it moves there in equal steps. -1: it stays as it is."),
         }, "hidden": {"unique_id": "UNIQUE_ID"}}
 
     def sample(self, policy, prompts, group_size, steps, transition, eta, shift, guidance_scale, width, height, initial_noise, frames=1,
-               noise_steps=MODES[0], window_size=4, window_interval=0, noise_share=1.0, ode_solver=EULER, unique_id=""):
+               noise_steps=MODES[0], window_size=4, window_interval=0, noise_share=1.0, ode_solver=EULER, eta_end=-1.0, unique_id=""):
         from comfy_dancegrpo.grpo.protocol import SamplingPlan, Size
         from comfy_dancegrpo.grpo.rollout import Request, Work, sample
 
@@ -58,6 +59,8 @@ class GroupSample:
             raise RunError(f'input "group_size": found {group_size}, accepted: 2 or more, since a score is compared with the rest of its group')
         if eta <= 0:
             raise RunError(f'input "eta": found {eta}, accepted: above 0, since steps without noise cannot be trained')
+        if eta_end == 0:
+            raise RunError('input "eta_end": found 0.0, accepted: above 0, or -1 for an eta that stays')
         if TRANSITIONS[transition].process != family.process:
             fitting = [t.name for t in TRANSITIONS.values() if t.process == family.process and t.stochastic]
             raise RunError(f'input "transition": found {transition!r}, accepted for this policy ({family.process}): {", ".join(map(repr, fitting))}')
@@ -68,7 +71,8 @@ class GroupSample:
             shape = family.latent_shape(size)
         except ValueError as error:
             raise RunError(f'inputs "width", "height" and "frames": {error}') from None
-        plan = SamplingPlan(family.time_grid(steps, shift, size), transition, eta, guidance_scale, size, ode_solver)
+        now = eta if eta_end < 0 else policy.over_the_run("eta_end", eta, eta_end)
+        plan = SamplingPlan(family.time_grid(steps, shift, size), transition, now, guidance_scale, size, ode_solver)
         request = Request(prompts.prompts, group_size, shape, settings.seed, policy.iteration, initial_noise == "shared", settings.micro_batch, noise)
         try:
             own_prompts = Work(request, plan).own_prompts

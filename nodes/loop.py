@@ -4,8 +4,7 @@ import hashlib
 
 from comfy_dancegrpo import processes
 from comfy_dancegrpo.errors import RunError
-from comfy_dancegrpo.grpo import optimizers
-from comfy_dancegrpo.grpo.schedules import SCHEDULES
+from comfy_dancegrpo.grpo import optimizers, schedules
 from comfy_dancegrpo.lora import ALL_WEIGHTS
 from comfy_dancegrpo.runs import trackers
 from comfy_dancegrpo.runs.folder import MAY_CHANGE, ON_EXISTING, ON_OUT_OF_MEMORY, name_problem
@@ -60,8 +59,9 @@ class LoopStart:
         }, "optional": {
             "warmup": wires.integer(0, 0, 1_000_000, "Iterations over which the learning rate rises to its full value. AdamW's first steps are "
                                                      "the least certain ones, and as long as any."),
-            "schedule": wires.choice(list(SCHEDULES), "Of the learning rate after its warm-up. inverse_sqrt lets it fall: the LoRA wanders less "
-                                                      "once it has learned the most. The last three fall to 0 over the iterations of this run."),
+            "schedule": wires.choice(list(schedules.SCHEDULES), "Of the learning rate after its warm-up. inverse_sqrt lets it fall: the LoRA wanders less "
+                                                      "once it has learned the most. linear, cosine, cosine_with_restarts and polynomial fall to 0 over "
+                                                      "the iterations of this run."),
             "lora": wires.socket(wires.LORA, "Training starts from these weights; lora_rank grows to theirs where it is lower."),
             "optimizer": wires.choice(list(optimizers.OPTIMIZERS), "adamw; 8-bit AdamW (paged: its state moves to the CPU when memory runs out) needs "
                                       "bitsandbytes; adafactor keeps a fraction of the state; prodigy finds its step size, with learning_rate 1."),
@@ -73,13 +73,19 @@ class LoopStart:
             "schedule_cycles": wires.integer(2, 1, 1000, "Of cosine_with_restarts: how often the learning rate falls from its full value to 0."),
             "processes": wires.integer(1, 1, 4096, "How many train together, each on a GPU of its own. More than 1, here in the editor, start the headless "
                                                    "trainer, while this page shows it as ever. Headless it counts like --processes, and 1 takes every GPU."),
+            "schedule_power": wires.number(1.0, 0.01, 100.0, "Of polynomial: 1 falls in a straight line, more falls fast at first and then ever more slowly.", 0.1),
+            "schedule_rules": ("STRING", {"default": "1:100,0.1", "tooltip": "Of piecewise_constant: shares of the learning rate, each with the last iteration that "
+                                                                             "has it, and then the share of all after them."}),
+            "curriculum": ("BOOLEAN", {"default": False, "tooltip": "Draws prompts less whose groups had no spread and so trained nothing: after k such groups in a "
+                                                                    "row, the next k epochs, at most 8, pass over them."}),
         }}
 
     @classmethod
-    def VALIDATE_INPUTS(cls, run_name, optimizer="adamw"):
+    def VALIDATE_INPUTS(cls, run_name, optimizer="adamw", schedule_rules="1"):
         if optimizer is not None and optimizer not in optimizers.OPTIMIZERS:
             return f'input "optimizer": found {optimizer!r}, accepted: {", ".join(map(repr, optimizers.OPTIMIZERS))}'
-        return (run_name is not None and name_problem(run_name, "run_name")) or (optimizer and optimizers.problem(optimizer)) or trackers.problem_of_settings() or True
+        return ((run_name is not None and name_problem(run_name, "run_name")) or (optimizer and optimizers.problem(optimizer))
+                or (schedule_rules is not None and schedules.problem(schedule_rules)) or trackers.problem_of_settings() or True)
 
     def start(self, **inputs):
         return loop.blocked(len(self.RETURN_TYPES))
@@ -179,11 +185,11 @@ class LoopRunner:
 
     @staticmethod
     def _settings(policy, prompts, iterations, learning_rate, weight_decay, ema_decay, lora_rank, lora_alpha, lora_targets, warmup=0,
-                  schedule="constant", lora=None, optimizer="adamw", schedule_cycles=2, processes=1, **rest):
+                  schedule="constant", lora=None, optimizer="adamw", schedule_cycles=2, processes=1, schedule_power=1.0, schedule_rules="1", **rest):
         from comfy_dancegrpo.grpo.learner import OptimizerSettings
         from comfy_dancegrpo.lora import full
         from comfy_dancegrpo.runs.session import LoopSettings
 
         wanted = OptimizerSettings(learning_rate=learning_rate, weight_decay=weight_decay, ema_decay=ema_decay, warmup=warmup,
-                                      schedule=schedule, name=optimizer, length=iterations, cycles=schedule_cycles)
+                                      schedule=schedule, name=optimizer, length=iterations, cycles=schedule_cycles, power=schedule_power, rules=schedule_rules)
         return policy, prompts, LoopSettings(iterations=iterations, lora=full.settings(lora_rank, lora_alpha, lora_targets), optimizer=wanted, start_from=lora, **rest)

@@ -17,9 +17,9 @@ RECORDED = {
     "DanceGRPOPromptSet": ("text file limit", "image", "DANCEGRPO_PROMPTS"),
     "DanceGRPOLoopStart": (
         "policy prompts run_name iterations prompts_per_iteration seed learning_rate weight_decay lora_rank lora_alpha lora_targets "
-        "ema_decay micro_batch checkpoint_every on_existing", "warmup schedule lora optimizer gradient_checkpointing checkpoints_kept on_out_of_memory schedule_cycles processes", "DANCEGRPO_LIVE_POLICY DANCEGRPO_PROMPTS INT"),
+        "ema_decay micro_batch checkpoint_every on_existing", "warmup schedule lora optimizer gradient_checkpointing checkpoints_kept on_out_of_memory schedule_cycles processes schedule_power schedule_rules curriculum", "DANCEGRPO_LIVE_POLICY DANCEGRPO_PROMPTS INT"),
     "DanceGRPOGroupSample": (
-        "policy prompts group_size steps transition eta shift guidance_scale width height initial_noise", "frames noise_steps window_size window_interval noise_share ode_solver", "DANCEGRPO_ROLLOUT IMAGE"),
+        "policy prompts group_size steps transition eta shift guidance_scale width height initial_noise", "frames noise_steps window_size window_interval noise_share ode_solver eta_end", "DANCEGRPO_ROLLOUT IMAGE"),
     "DanceGRPOLoadReward": ("reward model batch_size", "base frames frame_score device fps offload", "DANCEGRPO_REWARD"),
     "DanceGRPOScore": ("rollout reward weight", "images scores", "DANCEGRPO_SCORES"),
     "DanceGRPORemoteReward": ("address reward batch_size connections timeout retries", "fps", "DANCEGRPO_REWARD"),
@@ -62,7 +62,7 @@ CHOICES = {
     "DanceGRPOLoopStart.optimizer": {"adamw", "adamw_8bit", "paged_adamw_8bit", "adafactor", "prodigy"},
     "DanceGRPOLoopStart.on_out_of_memory": {"stop", "halve"},
     "DanceGRPOLoopStart.on_existing": {"new", "resume", "restart"},
-    "DanceGRPOLoopStart.schedule": {"constant", "inverse_sqrt", "linear", "cosine", "cosine_with_restarts"},
+    "DanceGRPOLoopStart.schedule": {"constant", "inverse_sqrt", "linear", "cosine", "cosine_with_restarts", "polynomial", "piecewise_constant"},
     "DanceGRPOWatch.below": {"best", "start"},
     "DanceGRPOGroupSample.transition": {"dance_sde", "flow_grpo_sde", "cps", "ddim"},
     "DanceGRPOGroupSample.initial_noise": {"shared", "independent"},

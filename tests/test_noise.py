@@ -8,7 +8,6 @@ import torch
 from comfy_dancegrpo.grpo.noise import generator
 from comfy_dancegrpo.grpo.protocol import Conditioning, SamplingPlan, Size, TimeGrid
 from comfy_dancegrpo.grpo.rollout import Request, decoded, initial_noise, sample
-from comfy_dancegrpo.runs.session import prompts_of
 
 REQUEST = Request(("a", "b", "c"), 4, (5,), seed=3, iteration=2)
 ROWS = torch.arange(12)
@@ -99,23 +98,6 @@ def test_given_latents_take_the_place_of_the_first_noise():
 def test_without_noise_the_log_probabilities_are_zero():
     rollout = roll(REQUEST, eta=0.0)
     assert not rollout.log_probs.any() and torch.equal(rollout.states[:, -1], rollout.states[:, 0])
-
-
-# -- the order of the prompts -----------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("total, count", [(6, 2), (6, 4), (5, 3), (3, 7), (1, 2)])
-def test_every_epoch_has_every_prompt_once(total, count):
-    prompts = tuple(f"p{k}" for k in range(total))
-    picked = [p for iteration in range(total * 2) for p in prompts_of(iteration, prompts, count, seed=8)]
-    epochs = [picked[k:k + total] for k in range(0, len(picked), total)]
-    assert len(epochs) == 2 * count and all(sorted(epoch) == list(prompts) for epoch in epochs)
-    if total > 4:
-        assert len(set(map(tuple, epochs))) > 1 and epochs[0] != list(prompts)
-
-
-def test_the_order_of_the_prompts_is_that_of_the_seed():
-    prompts = tuple("abcdefgh")
-    assert prompts_of(3, prompts, 4, seed=1) == prompts_of(3, prompts, 4, seed=1)
-    assert [prompts_of(k, prompts, 4, seed=1) for k in range(4)] != [prompts_of(k, prompts, 4, seed=2) for k in range(4)]
 
 
 def test_small_pictures_are_decoded_together_and_large_ones_alone():

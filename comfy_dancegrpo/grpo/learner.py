@@ -6,6 +6,7 @@ import contextlib
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,13 +17,14 @@ from .protocol import Denoiser
 from .schedules import share
 
 _SLOT, _REST = "optimizer.", "optimizer"  # names in a state: of what is kept for a parameter, and of the rest
+_REMEMBERED = ("history", "curriculum")  # a learner's own, of JSON
 
 
 @dataclass(frozen=True)
 class OptimizerSettings:
     """name: of the optimizer, one of `optimizers.OPTIMIZERS`. ema_decay: of the parameters' moving average, once an optimizer step; 0 turns it off.
     warmup: iterations over which the learning rate rises linearly to its full value; 0 begins with that. schedule: what it does then,
-    one of `schedules.SCHEDULES`; length: of the run, in iterations, and cycles: for those that fall over it."""
+    one of `schedules.SCHEDULES`; length: of the run, in iterations; cycles, power and rules: of those that have them."""
 
     learning_rate: float = 3e-4
     weight_decay: float = 1e-4
@@ -33,6 +35,8 @@ class OptimizerSettings:
     name: str = "adamw"
     length: int = 0
     cycles: int = 1
+    power: float = 1.0
+    rules: str = "1"
 
 
 class Learner:
@@ -50,6 +54,7 @@ class Learner:
         self.version = (run, 0)
         self.skipped = 0  # optimizer steps in a row, up to now, that were left out
         self.history: Mapping[str, dict] = {}  # `Rollout.history` of the next rollout
+        self.curriculum: Mapping[str, Any] = {}  # which prompts come next (`runs.prompt_order`)
         self.optimizer = optimizers.make(settings.name, parameters.values(), settings)
         self.ema = {name: p.detach().clone() for name, p in parameters.items()} if settings.ema_decay else None
 
@@ -57,7 +62,7 @@ class Learner:
     def learning_rate(self) -> float:
         """Of the iteration that is being trained: a function of its number (and of some schedules the run's length) alone, so that a run may be resumed."""
         s = self.settings
-        return s.learning_rate * share(s.schedule, self.version[1] + 1, s.warmup, s.length, s.cycles)
+        return s.learning_rate * share(s.schedule, self.version[1] + 1, s.warmup, s.length, s.cycles, s.power, s.rules, s.learning_rate)
 
     def clip_grad_norm(self, limit: float) -> float:
         """Scales the gradient to at most `limit` in norm; returns the norm before."""
@@ -121,8 +126,7 @@ class Learner:
         tensors = {name: sharding.whole(value) for name, value in values.items() if name.startswith(taken) or sharding.is_part(value)}
         tensors[_REST] = _packed({"groups": groups, "numbers": numbers})
         tensors["version"], tensors["skipped"] = torch.tensor(self.version[1]), torch.tensor(self.skipped)
-        if self.history:
-            tensors["history"] = _packed(self.history)
+        tensors |= {name: _packed(value) for name in _REMEMBERED if (value := getattr(self, name))}
         return _known(tensors)
 
     def result(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -161,7 +165,7 @@ class Learner:
         if _REST in shapes:  # a checkpoint of an older version has none
             rest = processes.broadcast(_unpacked(tensors[_REST]) if processes.is_first() else None)
             for group, saved in zip(state["param_groups"], rest["groups"]):
-                group |= {key: tuple(value) if isinstance(value, list) else value for key, value in saved.items()}
+                group |= {key: tuple(value) if isinstance(value, list) else value for key, value in saved.items() if key != optimizers.FUSED}  # of this device
             for parameter, values in rest["numbers"].items():
                 slots[parameter] |= values
         state["state"] = {i: slots[name] for i, name in enumerate(self.parameters) if slots[name]}
@@ -173,7 +177,8 @@ class Learner:
         self._written()
         self.version = (self.version[0], int(get("version", torch.tensor(0))))
         self.skipped = int(get("skipped", torch.tensor(0))) if "skipped" in shapes else 0
-        self.history = processes.broadcast(_unpacked(tensors["history"]) if processes.is_first() else None) if "history" in shapes else {}
+        for name in _REMEMBERED:
+            setattr(self, name, processes.broadcast(_unpacked(tensors[name]) if processes.is_first() else None) if name in shapes else {})
 
 
 def _known(tensors: dict[str, Tensor | None]) -> dict[str, Tensor]:

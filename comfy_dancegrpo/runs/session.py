@@ -17,10 +17,9 @@ from .. import processes, pulse
 from ..errors import OutOfMemory, RunError
 from ..grpo import micro_batch
 from ..grpo.learner import Learner, OptimizerSettings
-from ..grpo.noise import generator
 from ..grpo.protocol import Conditioning, Size
 from ..grpo.rollout import Work
-from ..grpo.schedules import FALLING
+from ..grpo.schedules import FALLING, between, problem
 from ..grpo.update import UpdateStats
 from ..lora import files
 from ..lora.adapter import LoraSettings, LoraSnapshot, bare
@@ -33,6 +32,7 @@ from . import checkpoints, environment, history, live, metrics, picture_statisti
 from .advice import Advice, see
 from .folder import RunFolder, claim
 from .prompt_cache import PromptCache
+from .prompt_order import PromptOrder
 from .trackers import Trackers
 from .watch import Rule, WatchLog
 
@@ -43,7 +43,8 @@ ENCODED_AHEAD = 16  # iterations whose prompts are encoded together, on an accel
 class LoopSettings:
     """What Loop Start asks. checkpoint_every: iterations; 0 writes one at the end alone; checkpoints_kept: 0 keeps all.
     on_out_of_memory: one of `folder.ON_OUT_OF_MEMORY`. micro_batch: samples in every
-    denoiser call of the run (DESIGN: one batch shape), 0 until found by trial. lora: what is trained. start_from: a LoRA, or weights, that it begins with."""
+    denoiser call of the run (DESIGN: one batch shape), 0 until found by trial. lora: what is trained. start_from: a LoRA, or weights, that it begins with.
+    curriculum: whether prompts whose groups have no spread are drawn less."""
 
     run_name: str = "run"
     iterations: int = 60
@@ -58,6 +59,7 @@ class LoopSettings:
     gradient_checkpointing: bool = False
     checkpoints_kept: int = checkpoints.KEPT
     on_out_of_memory: str = "stop"
+    curriculum: bool = False
 
 
 @dataclass(frozen=True)
@@ -73,33 +75,32 @@ class LivePolicy:
     """The policy inside a loop, the one value of the graph that changes: every Update trains it. state: the learner's, after the last whole iteration."""
 
     def __init__(self, policy: Policy, learner: Learner, settings: LoopSettings, prompts: tuple[str, ...], watch: WatchLog,
-                 found: Callable[[micro_batch.Found], None]):
+                 found: Callable[[micro_batch.Found], None], length_before: int):
         self.policy, self.learner, self.settings, self.watch, self._found = policy, learner, settings, watch, found
         self.state = learner.state()
         self.iteration = 0
-        self.prompts, self._encoded, self.scoring = prompts, PromptCache(policy), Scoring()
+        self.prompts, self.order = prompts, PromptOrder(prompts, settings.prompts_per_iteration, settings.seed, learner, settings.curriculum)
+        self._encoded, self.scoring = PromptCache(policy), Scoring()
+        self.length_before, self._said = length_before, set()
 
     def encode(self, prompts: tuple[str, ...], size: Size) -> Conditioning:
         last = min(self.iteration + ENCODED_AHEAD, self.settings.iterations)
-        upcoming = (prompt for iteration in range(self.iteration, last)
-                    for prompt in prompts_of(iteration, self.prompts, self.settings.prompts_per_iteration, self.settings.seed))
-        return self._encoded.get(prompts, size, upcoming)
+        return self._encoded.get(prompts, size, self.order.upcoming(self.iteration, last))
+
+    def over_the_run(self, input: str, start: float, end: float) -> float:
+        """Of this iteration, what moves in equal steps from `start` in the run's first to `end` in its last; says where their number has changed."""
+        length = self.settings.iterations
+        if self.length_before != length and input not in self._said:
+            self._said.add(input)
+            host().say(f'what "{input}" says of the last iteration is that of {length} iterations instead of {self.length_before}: from here on the run is not '
+                       "what it would have been with either number from its beginning")
+        return between(start, end, self.iteration, length)
 
     def micro_batch(self, work: Work, conditioning: Conditioning) -> int:
         """Samples in every denoiser call of the run, of which this work is the next: found before the first, where they are to be found."""
         if self.settings.micro_batch == micro_batch.BY_TRIAL:
             self._found(micro_batch.find(self.learner, work, conditioning))
         return self.settings.micro_batch
-
-
-def prompts_of(iteration: int, prompts: tuple[str, ...], count: int, seed: int) -> tuple[str, ...]:
-    """The prompts of an iteration: each epoch is a permutation keyed by (seed, epoch), read on without a break."""
-    picked = []
-    for position in range(iteration * count, (iteration + 1) * count):
-        epoch, place = divmod(position, len(prompts))
-        order = torch.randperm(len(prompts), generator=generator("prompts", seed, epoch))
-        picked.append(prompts[int(order[place])])
-    return tuple(picked)
 
 
 class Session:
@@ -109,7 +110,7 @@ class Session:
                  rule: Rule | None = None):
         if not prompts.prompts:
             raise RunError("there are no prompts to train on")
-        if line := micro_batch.problem(settings.micro_batch):
+        if line := micro_batch.problem(settings.micro_batch) or problem(settings.optimizer.rules):
             raise RunError(line)
         if settings.start_from is not None:
             settings = replace(settings, lora=settings.lora.starting_from(settings.start_from))
@@ -145,10 +146,11 @@ class Session:
             self.watch.settle = self._settle
             if self.action != "start":
                 self._load(learner)
+            before = settings.iterations
             if self.action != "reopen":
                 processes.on_first(lambda: environment.note(self.folder, self._done))
-                processes.on_first(self._note_length)
-            self.live = LivePolicy(self.policy, learner, settings, self.prompts.prompts, self.watch, self._take)
+            before = processes.on_first(self._note_length)
+            self.live = LivePolicy(self.policy, learner, settings, self.prompts.prompts, self.watch, self._take, before)
             self._trackers = None if self.action == "reopen" else Trackers(self.folder, self._done, len(self.watch.rows))
             processes.on_first(lambda: live.forget_stop(self.folder))
             if processes.is_first() and host().storage is not None:
@@ -224,15 +226,15 @@ class Session:
             host().say(f"{self.folder.metrics} lacks rows: it has {len(rows)} of {done} iterations")
         return found and found[:2], self.watch.rows, rows[0]["reward_mean"] if rows else None
 
-    def _note_length(self) -> None:
-        """Says where the learning rate falls otherwise than it began to, because the run has become longer or shorter."""
-        wanted = self.settings.optimizer
-        if wanted.schedule in FALLING:
-            before = self.folder.record.get("schedule_length", wanted.length)
-            if before != wanted.length:
-                host().say(f"the learning rate falls ({wanted.schedule!r}) over {wanted.length} iterations instead of {before}: from here on the run is not "
-                           "what it would have been with either number from its beginning")
-            self.folder.write_record(schedule_length=wanted.length)
+    def _note_length(self) -> int:
+        """How many iterations the run was to have before it became longer or shorter; says where its learning rate falls otherwise for that."""
+        schedule, length = self.settings.optimizer.schedule, self.settings.iterations
+        before = self.folder.record.get("schedule_length", length)
+        if schedule in FALLING and before != length:
+            host().say(f"the learning rate falls ({schedule!r}) over {length} iterations instead of {before}: from here on the run is not "
+                       "what it would have been with either number from its beginning")
+        self.folder.write_record(schedule_length=length)
+        return before
 
     @property
     def finished(self) -> bool:
@@ -248,8 +250,7 @@ class Session:
         host().check_interrupt()
         self._start = time.perf_counter()
         self.live.iteration = self._done
-        s = self.settings
-        picked = prompts_of(self._done, self.prompts.prompts, s.prompts_per_iteration, s.seed)
+        picked = self.live.order.of(self._done)
         return self.live, PromptList(picked, f"{self.prompts.name}, iteration {self._done + 1}"), self._done + 1
 
     def end(self, stats: UpdateStats) -> None:
@@ -257,6 +258,7 @@ class Session:
         if self.live.learner.version[1] != self._done + 1:
             raise RunError(f"the loop's body updated the policy {self.live.learner.version[1] - self._done} times in one iteration; "
                            "accepted: once")
+        self.live.order.end(stats.advantages.flat.tolist())
         row = processes.on_first(lambda: self._measure(stats))
         # both at once, after all that a full disk or a signal may break off: a checkpoint must hold the state that its number says
         self.live.state, self._done = self.live.learner.state(), self._done + 1
