@@ -11,9 +11,10 @@ from comfy_dancegrpo.grpo.advantages import combine
 from comfy_dancegrpo.grpo.forward import timetable
 from comfy_dancegrpo.grpo.learner import Learner, OptimizerSettings
 from comfy_dancegrpo.grpo.noise_steps import NoiseSteps
+from comfy_dancegrpo.grpo.pairs import shares
 from comfy_dancegrpo.grpo.protocol import Column, Scores, SamplingPlan, Size
 from comfy_dancegrpo.grpo.rollout import Request, Work, sample
-from comfy_dancegrpo.grpo.update import UpdateSettings, shares, update
+from comfy_dancegrpo.grpo.update import UpdateSettings, update
 from comfy_dancegrpo.lora.adapter import Adapter, LoraSettings
 from comfy_dancegrpo.runs.prompt_cache import encode
 

@@ -1,18 +1,18 @@
 """Each objective against its paper's equation in float64, and the gradient of the whole update by it against finite differences of that."""
 
-import contextlib
 import dataclasses
 import math
 
 import numpy as np
 import pytest
 import torch
-from perceptron import ALL, PAIRS, STEPS, Perceptron, case, flat, numpy_log_prob, numpy_steps, relative_error, slope
+from perceptron import ALL, PAIRS, STEPS, Perceptron, case, flat, numpy_log_prob, numpy_steps, relative_error, slope, with_reference
 
 from comfy_dancegrpo.grpo.objectives import OBJECTIVES
 from comfy_dancegrpo.grpo.objectives.kl import kl
 from comfy_dancegrpo.grpo.objectives.steps import Steps
-from comfy_dancegrpo.grpo.update import shares, update
+from comfy_dancegrpo.grpo.pairs import shares
+from comfy_dancegrpo.grpo.update import update
 
 CHOICES = {
     "symmetric": {}, "higher": {"clip_range_high": 4e-3}, "guard": {"objective": "grpo_guard", "clip_range": 2.5e-4}, "reinforce": {"objective": "reinforce"},
@@ -85,25 +85,6 @@ def test_kl_pulls_the_policy_to_the_reference():
 
 
 # -- the whole update -------------------------------------------------------------------------------------------------------------
-def with_reference(learner, seed=3):
-    """The learner with another policy as its reference, and that one's parameters."""
-    values = {name: p.detach().clone() for name, p in Perceptron(seed=seed).net.named_parameters()}
-    values = {name: learner.parameters[name].detach() + 0.05 * (value - learner.parameters[name].detach()) for name, value in values.items()}
-
-    @contextlib.contextmanager
-    def reference():
-        own = {name: p.detach().clone() for name, p in learner.parameters.items()}
-        for value_of in (values, own):
-            with torch.no_grad():
-                for name, p in learner.parameters.items():
-                    p.copy_(value_of[name])
-            if value_of is values:
-                yield
-
-    learner.reference = reference
-    return flat(values.values())
-
-
 def numpy_losses(parameters, advantages, pairs, settings, old, reference):
     """Each pair's loss, from the papers' equations; old, reference: parameters of the policy that sampled, and of the reference."""
     rollout = advantages.scores.rollout

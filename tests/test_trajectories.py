@@ -9,6 +9,7 @@ from comfy_dancegrpo import policies
 from comfy_dancegrpo.grpo import update as updating
 from comfy_dancegrpo.grpo.advantages import combine
 from comfy_dancegrpo.grpo.learner import Learner, OptimizerSettings
+from comfy_dancegrpo.grpo.pairs import by_input
 from comfy_dancegrpo.grpo.protocol import CallCount, Column, Conditioning, SamplingPlan, Scores, Size, TimeGrid
 from comfy_dancegrpo.grpo.rollout import Request, sample
 from comfy_dancegrpo.lora.adapter import Adapter, LoraSettings
@@ -40,7 +41,8 @@ def on(device, transition="dance_sde"):
 
 
 @pytest.mark.parametrize("transition", ["dance_sde", "flow_grpo_sde", "cps"])
-@pytest.mark.parametrize("more", [{}, {"objective": "grpo_guard", "kl_weight": 0.1}, {"objective": "reinforce"}], ids=lambda more: more.get("objective", "clipped"))
+@pytest.mark.parametrize("more", [{}, {"objective": "grpo_guard", "kl_weight": 0.1}, {"objective": "reinforce"},
+                                  {"objective": "diffusion_nft", "kl_weight": 0.1}, {"objective": "awm"}], ids=lambda more: more.get("objective", "clipped"))
 def test_replay_brings_each_micro_batch_to_the_device_that_computes(transition, more):
     """With tensors that have a device and no content: where two of different devices meet, torch raises, and a GPU is not needed."""
     plan, conditioning, policy = on("cpu", transition)
@@ -52,10 +54,12 @@ def test_replay_brings_each_micro_batch_to_the_device_that_computes(transition, 
     learner = Learner(policy, {"weight": policy.weight}, OptimizerSettings(), "run", reference=contextlib.nullcontext)
     advantages = dataclasses.replace(advantages, scores=dataclasses.replace(advantages.scores, rollout=there))
     pairs, calls = [(n, t) for n in range(6) for t in range(3)], CallCount()
-    served = updating._by_input(there, pairs)
+    process = updating._process(advantages, dataclasses.replace(SETTINGS, **more))
+    served = by_input(process.rollout, pairs)
     with torch.enable_grad():
-        found = list(updating._accumulate(learner, advantages, pairs, served, {n: n for n in range(6)}, 5, dataclasses.replace(SETTINGS, **more), calls, moved=False))
-    assert len(served) == 2 + 6 * 2 and calls.backward == 20 and calls.forward == (20 if "kl_weight" in more else 0) and len(found) == 5 and policy.weight.grad.device.type == "meta"
+        found = list(updating._accumulate(learner, process, pairs, served, 5, calls, moved=False))
+    assert len(served) == (18 if process.objective.forward else 2 + 6 * 2) and calls.backward == 20 and calls.forward == (20 if "kl_weight" in more else 0)
+    assert len(found) == 5 and policy.weight.grad.device.type == "meta"
     with pytest.raises(RuntimeError, match="device"):
         there.states * plan.grid.levels[:4, None]  # or the check above could not fail
 

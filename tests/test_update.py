@@ -15,7 +15,8 @@ from perceptron import (
 )
 
 from comfy_dancegrpo.grpo.objectives import clipped
-from comfy_dancegrpo.grpo.update import NotFinite, StaleRollout, chosen_transitions, input_of, shares, update
+from comfy_dancegrpo.grpo.pairs import chosen_transitions, input_of, shares
+from comfy_dancegrpo.grpo.update import NotFinite, StaleRollout, update
 
 
 # -- the gradient ---------------------------------------------------------------------------------------------------------------

@@ -35,6 +35,13 @@ def timetable(steps: Sequence[range], size: int) -> list[list[tuple[int, int]]]:
     return table
 
 
+def output_of(policy: Denoiser, x: Tensor, index: Tensor, conditioning: Conditioning, plan: SamplingPlan, calls: CallCount, real: int) -> Tensor:
+    """What the denoiser says [B, ...] of latents x [B, ...], each at its own step of the plan; the rest as of `step`."""
+    output = policy.predict(x, plan.grid.timesteps[index], conditioning, plan)
+    calls.add(len(x), real, backward=torch.is_grad_enabled())
+    return output
+
+
 def step(policy: Denoiser, x: Tensor, index: Tensor, conditioning: Conditioning, plan: SamplingPlan, noisy: Tensor,
          calls: CallCount, real: int) -> Gaussian:
     """One transition of each row from its own step of the plan.
@@ -46,6 +53,5 @@ def step(policy: Denoiser, x: Tensor, index: Tensor, conditioning: Conditioning,
     transition = TRANSITIONS[plan.transition]
     shape = (-1,) + (1,) * (x.ndim - 1)
     level, level_next = plan.grid.levels[index].view(shape), plan.grid.levels[index + 1].view(shape)
-    output = policy.predict(x, plan.grid.timesteps[index], conditioning, plan)
-    calls.add(len(x), real, backward=torch.is_grad_enabled())
+    output = output_of(policy, x, index, conditioning, plan, calls, real)
     return transition.step(x, output, level, level_next, plan.eta * noisy.to(level.dtype).view(shape))

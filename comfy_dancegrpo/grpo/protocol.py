@@ -137,9 +137,10 @@ class Rollout:
     places: [n] int64 ascending, which of the N were drawn here (all, with one process). order: in which Update takes the N. conditioning: P rows.
     noisy: [P, T] bool, which steps had noise. common: [P] int64, how many of the first steps had one input for the whole group, and so one
     denoiser call: up to the first with noise, where the group began from one noise.
-    states: [n, T, ...] float32 on the CPU, the latents before each step. log_probs: [n, T - 1] float32, of the transitions that may be
-    trained (all but the last), 0 where there was no noise. pictures: [n, H, W, 3] (videos [n, F, H, W, 3]) float32, 0..1, on the CPU; every_picture: those
-    of all N, in the first process; None in the others. version: of the policy that it was sampled from. iteration: from 0.
+    states: [n, T, ...] float32 on the CPU, the latents before each step; latents: [n, ...], those that were decoded. log_probs: [n, T - 1] float32,
+    of the transitions that may be trained (all but the last), 0 where there was no noise. pictures: [n, H, W, 3] (videos [n, F, H, W, 3])
+    float32, 0..1, on the CPU; every_picture: those of all N, in the first process; None in the others. version: of the policy that it was sampled from.
+    iteration: from 0.
     early: the scores that rewards gave while it was drawn (`rewards.early.Early`), where there are such.
     history: of each reward, what an estimator of advantages remembers of former iterations (`estimators.REMEMBERING`).
     """
@@ -154,6 +155,7 @@ class Rollout:
     conditioning: Conditioning
     plan: SamplingPlan
     states: Tensor
+    latents: Tensor
     log_probs: Tensor
     pictures: Tensor
     every_picture: Tensor | None

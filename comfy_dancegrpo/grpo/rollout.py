@@ -127,7 +127,7 @@ def sample(policy: Denoiser, request: Request, conditioning: Conditioning, plan:
         conditioning: P rows. version: of the policy, carried by the rollout. initial: [N, *latent_shape], in place of the
             request's own noise; with shared noise a group's samples must have the same. tick: called after each decoded micro-batch with
             (samples done, samples of this process); it may raise to stop.
-        record: False keeps the pictures alone, for what is never trained on; states are then [0].
+        record: False keeps the pictures alone, for what is never trained on; states and latents are then [0].
         hand: called with each micro-batch's pictures, in the order of `places`, before tick.
 
     Returns:
@@ -154,7 +154,8 @@ def sample(policy: Denoiser, request: Request, conditioning: Conditioning, plan:
     return Rollout(
         prompts=tuple(request.prompts[g] for g in request.groups.tolist()), groups=request.groups, indices=request.indices, places=work.places,
         order=work.order, noisy=work.noisy, common=work.common, conditioning=conditioning, plan=plan,
-        states=walk.states[:count] if record else plan.grid.levels.new_zeros(0), log_probs=walk.log_probs[:count], pictures=drawn,
+        states=walk.states[:count] if record else plan.grid.levels.new_zeros(0),
+        latents=walk.x[:count].cpu() if record else plan.grid.levels.new_zeros(0), log_probs=walk.log_probs[:count], pictures=drawn,
         every_picture=processes.gathered(drawn, work.places, len(request.groups), everywhere=False) if processes.count() > 1 else drawn,
         version=version, seed=request.seed, iteration=request.iteration, micro_batch=request.micro_batch,
         calls=sum(processes.all_teams_of(walk.calls), CallCount()), seconds=seconds,

@@ -1,28 +1,23 @@
-"""Clipped policy-gradient steps on the transitions of a rollout."""
+"""Optimizer steps on a scored rollout."""
 
 from __future__ import annotations
 
-import itertools
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from .. import processes, sharding
-from .forward import micro_batches, step
-from .gaussian import Gaussian, log_prob
+from .forward import micro_batches
+from .forward_process import Forward
 from .learner import Learner
-from .noise import generator
-from .noise_steps import whole_groups
 from .objectives import OBJECTIVES
-from .objectives.kl import kl
-from .objectives.steps import Steps, ratio
-from .protocol import Advantages, CallCount, Rollout
-from .walk import noise_of
+from .pairs import Pair, Pairs, Seen, by_input, shares
+from .protocol import Advantages, CallCount
+from .reverse_process import Reverse
 
 
 class StaleRollout(ValueError):
@@ -38,7 +33,7 @@ class UpdateSettings:
     """clip_range: how far the objective's ratio may fall below 1 and, where clip_range_high is 0, rise above it; else that is how far. train_fraction: share
     of the trainable transitions that is trained, drawn anew for each sample. optimizer_steps: per rollout, each on its own share of the transitions.
     max_grad_norm: of the whole gradient. max_skipped_steps: how many optimizer steps in a row may be left out because their loss or gradient is NaN or
-    infinite. objective: one of `objectives.OBJECTIVES`; kl_weight: of KL to the reference policy, added to it."""
+    infinite. objective: one of `objectives.OBJECTIVES`; kl_weight: of KL to the reference policy, added to it. nft_beta: of `diffusion_nft`."""
 
     clip_range: float = 1e-4
     train_fraction: float = 0.6
@@ -48,14 +43,16 @@ class UpdateSettings:
     objective: str = "clipped"
     clip_range_high: float = 0.0
     kl_weight: float = 0.0
+    nft_beta: float = 1.0
 
 
 @dataclass(frozen=True)
 class UpdateStats:
     """What an update did. ratio_deviation: largest |rho - 1| over the transitions of the first optimizer step (0 if none).
     clip_fraction: of the transitions whose ratio left the objective's range. approx_kl: to the policy that sampled them; reference_kl: mean KL to the
-    reference policy, None where it was not asked for. skipped_steps: optimizer steps whose loss or gradient was no number; nothing else here is of them,
-    but for finite ratios of the first."""
+    reference policy, None where it was not asked for. Of an objective of the forward process transitions are noised samples, the ratio is what it takes
+    for one (1 where it takes none), and reference_kl the mean square of what the outputs differ by. skipped_steps: optimizer steps whose loss or gradient
+    was no number; nothing else here is of them, but for finite ratios of the first."""
 
     loss: float
     ratio_deviation: float
@@ -72,48 +69,6 @@ class UpdateStats:
     reference_kl: float | None = None
 
 
-class Seen(NamedTuple):
-    """Of pairs that were replayed, detached [pairs] each: the losses, ratios, whether the objective's ratio left its range, and KL to the reference (or 0)."""
-
-    losses: Tensor
-    ratios: Tensor
-    outside: Tensor
-    kl: Tensor
-
-
-def chosen_transitions(rollout: Rollout, sample: int, fraction: float) -> list[int]:
-    """The steps trained for one sample, ascending: a share of those of 0..T-2 that had noise (the last is never trained), keyed by the sample."""
-    group = int(rollout.groups[sample])
-    trainable = rollout.noisy[group, :-1].nonzero()[:, 0]
-    count = max(1, round(fraction * len(trainable)))
-    source = generator("transitions", rollout.seed, rollout.iteration, group, int(rollout.indices[sample]))
-    return sorted(trainable[torch.randperm(len(trainable), generator=source)[:count]].tolist())
-
-
-Pair = tuple[int, int]
-"""(sample, step)."""
-
-
-def input_of(rollout: Rollout, pair: Pair) -> tuple[str, int, int]:
-    """What the denoiser is given to replay a transition; equal for those that one call serves."""
-    sample, t = pair
-    group = int(rollout.groups[sample])
-    return ("group", group, t) if t < rollout.common[group] else ("sample", sample, t)
-
-
-def shares(rollout: Rollout, trained: Tensor, settings: UpdateSettings) -> list[list[Pair]]:
-    """(sample, step) pairs of each optimizer step; samples that are not `trained` [N] bool are left out, and steps left empty by that.
-
-    The shares are equal to within one pair, so that no step pays for a micro-batch of padding that its neighbour could fill; where groups are trained
-    whole, by one call each, to within one group.
-    """
-    pairs = [(n, t) for n in rollout.order if trained[n] for t in chosen_transitions(rollout, n, settings.train_fraction)]
-    whole = whole_groups(rollout.noisy, rollout.common)
-    units = [list(unit) for _, unit in itertools.groupby(pairs, lambda pair: input_of(rollout, pair) if whole else pair)]
-    parts = min(settings.optimizer_steps, len(units))
-    return [[pair for unit in units[k * len(units) // parts:(k + 1) * len(units) // parts] for pair in unit] for k in range(parts)]
-
-
 def update(learner: Learner, advantages: Advantages, settings: UpdateSettings,
            tick: Callable[[int, int], None] = lambda done, total: None) -> UpdateStats:
     """Trains the learner's policy on a scored rollout (arXiv 2505.07818, algorithm 1).
@@ -125,30 +80,35 @@ def update(learner: Learner, advantages: Advantages, settings: UpdateSettings,
 
     Raises:
         StaleRollout: the rollout is of another version of the policy. NotFinite: too many steps in a row whose loss or gradient is not a number.
-        ValueError: the rollout has no noise, the objective is not for this kind of policy, or there is no reference to take KL to.
+        ValueError: the rollout has no noise and the objective needs some, the objective is not for this kind of policy, or there is no reference to take KL to.
     """
     rollout, start = advantages.scores.rollout, time.perf_counter()
     if rollout.version != learner.version:
         raise StaleRollout(f"the rollout was sampled from version {rollout.version[1]} of {rollout.version[0]!r}, "
                            f"and the policy is at version {learner.version[1]} of {learner.version[0]!r}")
-    if not bool(rollout.noisy[:, :-1].any()):
+    objective = OBJECTIVES[settings.objective]
+    if not objective.forward and not bool(rollout.noisy[:, :-1].any()):
         raise ValueError("the rollout has no noise, so it has no log-probabilities to train on: "
-                         "sample with a stochastic transition, eta above 0 and at least 2 steps")
-    if learner.policy.process not in OBJECTIVES[settings.objective].processes:
+                         "sample with a stochastic transition, eta above 0 and at least 2 steps, or take an objective that needs none: "
+                         + ", ".join(repr(o.name) for o in OBJECTIVES.values() if o.forward))
+    if learner.policy.process not in objective.processes:
         raise ValueError(f'input "objective": found {settings.objective!r}, accepted for this policy ({learner.policy.process}): '
                          + ", ".join(repr(o.name) for o in OBJECTIVES.values() if learner.policy.process in o.processes))
     if settings.kl_weight and learner.reference is None:
         raise ValueError(f'input "kl_weight": found {settings.kl_weight}, accepted here: 0, since there is no reference policy')
-    parts, calls = shares(rollout, advantages.trained, settings), CallCount()
-    here = {n: row for row, n in enumerate(rollout.places.tolist())}
-    own = [_by_input(rollout, [(n, t) for n, t in pairs if n in here]) for pairs in parts]
+    process, calls = _process(advantages, settings), CallCount()
+    parts = shares(process.rollout, advantages.trained, settings)
+    own = [by_input(process.rollout, [(n, t) for n, t in pairs if n in process.here]) for pairs in parts]
     micro_batches_of = [max(column) for column in zip(*processes.all_of([-(-len(served) // rollout.micro_batch) for served in own]))]
     total, done = sum(len(pairs) for served in own for pairs in served), 0
     seen, norms, skipped = [[] for _ in parts], [], set()
     learner.zero_grad()  # of an update that was interrupted
     with torch.inference_mode(False), torch.enable_grad():
+        for k in range(1, len(own) if objective.forward else 0):
+            for _ in _remember(learner, process, parts[k], own[k], micro_batches_of[k], calls):
+                tick(0, total)
         for k, served in enumerate(own):
-            for of_call in _accumulate(learner, advantages, parts[k], served, here, micro_batches_of[k], settings, calls, k > 0):
+            for of_call in _accumulate(learner, process, parts[k], served, micro_batches_of[k], calls, k > 0):
                 seen[k].append(of_call)
                 done += len(of_call.losses)
                 tick(done, total)
@@ -217,64 +177,48 @@ def _of_all(parts: list[Tensor]) -> Tensor:
     return torch.cat(processes.all_teams_of(torch.cat(parts).cpu().double() if parts else torch.zeros(0, dtype=torch.float64)))
 
 
-def _by_input(rollout: Rollout, pairs: list[Pair]) -> list[list[Pair]]:
-    """The pairs that each input of the denoiser serves."""
-    served: dict[tuple[str, int, int], list[Pair]] = {}
-    for pair in pairs:
-        served.setdefault(input_of(rollout, pair), []).append(pair)
-    return list(served.values())
+def _process(advantages: Advantages, settings: UpdateSettings) -> Pairs:
+    """As the objective takes them."""
+    return Forward(advantages, settings) if OBJECTIVES[settings.objective].forward else Reverse(advantages, settings)
 
 
-def _accumulate(learner: Learner, advantages: Advantages, pairs: list[Pair], served: list[list[Pair]], here: dict[int, int],
-                calls_of_all: int, settings: UpdateSettings, calls: CallCount, moved: bool) -> Iterator[Seen]:
-    """Adds this process's part of the gradient of the mean loss over `pairs`; yields what was seen of the pairs served, by micro-batch.
+def _micro_batches(pairs: Pairs, share: list[Pair], served: list[list[Pair]], calls_of_all: int) -> Iterator[tuple[list[Pair], int, list[list[Pair]]]]:
+    """The denoiser calls of an optimizer step: a pair for each input, real ones, and what the real inputs serve.
 
-    served: this process's pairs, by the input that serves them. here: the row of the rollout's states by sample. calls_of_all: micro-batches that every
-    process makes, where it needs fewer with rows that count nothing. moved: whether the policy has moved since the rollout, so that a clip may hold.
+    share: the pairs of all processes. served: this process's, by the input that serves them. calls_of_all: micro-batches that every process makes, where
+    it needs fewer with rows that count nothing.
     """
-    rollout, device = advantages.scores.rollout, advantages.scores.rollout.plan.grid.levels.device
-    if not here:  # more processes than samples: zeros stand in
-        states, log_probs = (tensor.new_zeros(1, *tensor.shape[1:]) for tensor in (rollout.states, rollout.log_probs))
-        rollout = replace(rollout, states=states, log_probs=log_probs)
-    inputs = [of_input[0] for of_input in served] or [(min(here, default=0), pairs[0][1])]
-    for part, real in micro_batches(len(served), rollout.micro_batch, calls_of_all):
-        samples, steps = torch.tensor([inputs[k] for k in part.tolist()]).T
-        rows = torch.tensor([here.get(n, 0) for n in samples.tolist()])
-        given = (rollout.states[rows, steps].to(device), steps.to(device), rollout.conditioning.rows(rollout.groups[samples].to(device)),
-                 rollout.plan, torch.ones_like(steps, dtype=torch.bool).to(device), calls, real)
-        reference = None
-        if settings.kl_weight:
+    inputs = [of_input[0] for of_input in served] or [(min(pairs.here, default=0), share[0][1])]
+    for part, real in micro_batches(len(served), pairs.rollout.micro_batch, calls_of_all):
+        yield [inputs[k] for k in part.tolist()], real, served[int(part[0]):][:real]
+
+
+@torch.no_grad()
+def _remember(learner: Learner, pairs: Forward, share: list[Pair], served: list[list[Pair]], calls_of_all: int, calls: CallCount) -> Iterator[None]:
+    """What the policy says before the first optimizer step of the pairs of a later one, call by call."""
+    for inputs, real, _ in _micro_batches(pairs, share, served, calls_of_all):
+        output, _ = pairs.predict(learner.policy, pairs.given(inputs), calls, real)
+        pairs.remember(inputs[:real], output)
+        yield
+
+
+def _accumulate(learner: Learner, pairs: Pairs, share: list[Pair], served: list[list[Pair]], calls_of_all: int, calls: CallCount,
+                moved: bool) -> Iterator[Seen]:
+    """Adds this process's part of the gradient of the mean loss over `share`; yields what was seen of the pairs served, by micro-batch.
+
+    The rest as of `_micro_batches`. moved: whether the policy has moved since the rollout, so that a clip may hold.
+    """
+    for inputs, real, of_call in _micro_batches(pairs, share, served, calls_of_all):
+        given, reference = pairs.given(inputs), None
+        if pairs.settings.kl_weight:
             with learner.reference(), torch.no_grad():  # before the call with gradient, whose weights must stay as they are until its backward pass
-                reference = step(learner.policy, *given).mean
-        gaussian = step(learner.policy, *given)
-        mean = gaussian.mean.detach().requires_grad_()
-        loss, of_call = _objective(advantages, rollout, replace(gaussian, mean=mean), reference, served[int(part[0]):][:real], here, settings)
-        gradient, = torch.autograd.grad(loss / len(pairs), mean)
+                reference, _ = pairs.predict(learner.policy, given, calls, real)
+        output, rest = pairs.predict(learner.policy, given, calls, real)
+        leaf = output.detach().requires_grad_()
+        loss, seen = pairs.losses(leaf, rest, reference, of_call)
+        gradient, = torch.autograd.grad(loss / len(share), leaf)
         if moved and not processes.sharded() and not bool(gradient.any()):  # the clip has silenced all of them
-            calls.spared(len(part))
+            calls.spared(len(inputs))
         else:
-            gaussian.mean.backward(gradient)
-        yield of_call
-
-
-def _objective(advantages: Advantages, rollout: Rollout, gaussian: Gaussian, reference: Tensor | None, served: list[list[Pair]], here: dict[int, int],
-               settings: UpdateSettings) -> tuple[Tensor, Seen]:
-    """The sum of the losses of the pairs that the rows of a call serve, and what was seen of them. reference: [B, ...], the reference policy's means."""
-    objective, levels, high = OBJECTIVES[settings.objective], rollout.plan.grid.levels, settings.clip_range_high or settings.clip_range
-    pairs, device = [(row, *pair) for row, pairs in enumerate(served) for pair in pairs], gaussian.mean.device
-    total, seen = gaussian.mean.sum() * 0.0, []  # a call of padding has a gradient too, of zeros
-    for part, real in micro_batches(len(pairs), rollout.micro_batch):  # in the rollout's shape: kernels round by it
-        of, samples, steps = torch.tensor([pairs[k] for k in part.tolist()]).T
-        rows, of = torch.tensor([here[n] for n in samples.tolist()]), of.to(device)
-        mean, std, x_next = gaussian.mean[of], gaussian.std[of], rollout.states[rows, steps + 1].to(device)
-        replayed = Steps(
-            log_prob(x_next, Gaussian(mean, std, gaussian.x0.detach()[of])), rollout.log_probs[rows.to(device), steps.to(device)],
-            advantages.values[samples].to(device), mean, std, (levels[steps] - levels[steps + 1]).abs().to(device),
-            x_next - std * torch.stack([noise_of(rollout, *pair) for pair in zip(samples.tolist(), steps.tolist())]).to(device) if objective.old_mean else None)
-        loss, outside = objective.losses(replayed, settings.clip_range, high)
-        divergence = torch.zeros_like(loss) if reference is None else kl(replayed, reference[of])
-        loss = loss + settings.kl_weight * divergence if settings.kl_weight else loss
-        total = total + loss[:real].sum()
-        seen.append(Seen(*(value[:real].detach() for value in (loss, ratio(replayed), outside, divergence))))
-    none = gaussian.mean.new_zeros(0)
-    return total, Seen(*(torch.cat(column) for column in zip(*seen))) if seen else Seen(none, none, none, none)
+            output.backward(gradient)
+        yield seen

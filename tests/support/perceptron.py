@@ -3,6 +3,7 @@
 `numpy_steps` and what follows compute from the rollout's tensors and the parameters alone, with nothing of the library in it.
 """
 
+import contextlib
 import math
 
 import numpy as np
@@ -87,18 +88,42 @@ def case(drift=2e-3, flat_group=None, micro_batch=7, **settings):
     return learner, advantages
 
 
+def with_reference(learner, seed=3):
+    """The learner with another policy as its reference, and that one's parameters."""
+    values = {name: p.detach().clone() for name, p in Perceptron(seed=seed).net.named_parameters()}
+    values = {name: learner.parameters[name].detach() + 0.05 * (value - learner.parameters[name].detach()) for name, value in values.items()}
+
+    @contextlib.contextmanager
+    def reference():
+        own = {name: p.detach().clone() for name, p in learner.parameters.items()}
+        for value_of in (values, own):
+            with torch.no_grad():
+                for name, p in learner.parameters.items():
+                    p.copy_(value_of[name])
+            if value_of is values:
+                yield
+
+    learner.reference = reference
+    return flat(values.values())
+
+
 # -- the independent computation ------------------------------------------------------------------------------------------------
+def numpy_network(parameters, rollout, samples, x, sigma):
+    """What the perceptron says [B, 6] of x [B, 6], of samples, at sigma [B, 1], in float64."""
+    split = np.cumsum([HIDDEN * (LATENT + 1 + WORDS), HIDDEN, LATENT * HIDDEN])
+    w1, b1, w2, b2 = np.split(parameters, split)
+    words = rollout.conditioning.tensors["words"].double().numpy()[rollout.groups.numpy()[samples]]
+    hidden = np.tanh(np.concatenate([x, sigma, words], 1) @ w1.reshape(HIDDEN, -1).T + b1)
+    return hidden @ w2.reshape(LATENT, HIDDEN).T + b2
+
+
 def numpy_steps(parameters, rollout, pairs):
     """(mean, std, what was reached) of the (sample, step) pairs' transitions, in float64."""
     n, t = np.array(pairs).T
-    split = np.cumsum([HIDDEN * (LATENT + 1 + WORDS), HIDDEN, LATENT * HIDDEN])
-    w1, b1, w2, b2 = np.split(parameters, split)
     states = rollout.states.double().numpy()
     x, x_next = states[n, t], states[n, t + 1]
     sigma = np.linspace(1, 0, STEPS + 1)[t, None]
-    words = rollout.conditioning.tensors["words"].double().numpy()[rollout.groups.numpy()[n]]
-    hidden = np.tanh(np.concatenate([x, sigma, words], 1) @ w1.reshape(HIDDEN, -1).T + b1)
-    velocity = hidden @ w2.reshape(LATENT, HIDDEN).T + b2
+    velocity = numpy_network(parameters, rollout, n, x, sigma)
     h, noise = 1 / STEPS, x + (1 - sigma) * velocity  # the score is -noise / sigma
     return x - h * velocity - ETA**2 / 2 * h * noise / sigma, ETA * math.sqrt(h), x_next
 
