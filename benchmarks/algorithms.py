@@ -24,7 +24,7 @@ from statistics import mean, stdev
 from typing import Any
 
 from comfy_dancegrpo.atomic import replacing
-from comfy_dancegrpo.grpo.groups import LEAVE_ONE_OUT, PER_PROMPT, RANK
+from comfy_dancegrpo.grpo.groups import LEARNED_VALUE, LEAVE_ONE_OUT, PER_PROMPT, RANK
 
 from .iteration import add_changes, changes_of, machine
 from .learning import captions
@@ -48,7 +48,7 @@ ALGORITHMS = {  # docs/algorithms.md has their papers
     "CPS": Algorithm({"transition": "cps", "eta": 0.9}, _FLOW),
     "GRPO-Guard": Algorithm({"objective": "grpo_guard", "clip_range": 7e-4}, _FLOW),  # 1e-3 times the std of a step, for its ratio's logarithm is as much larger
     "DDPO": Algorithm({"estimator": PER_PROMPT}),
-    "DPOK": Algorithm({"objective": "reinforce", "estimator": LEAVE_ONE_OUT, "kl_weight": 0.001}),  # its published 0.01 to a reward's weight of 10
+    "DPOK": Algorithm({"objective": "reinforce", "estimator": LEARNED_VALUE, "kl_weight": 0.001}),  # its published 0.01 to a reward's weight of 10
     "RLOO": Algorithm({"objective": "reinforce", "estimator": LEAVE_ONE_OUT}),
     "rank": Algorithm({"estimator": RANK}),
 }

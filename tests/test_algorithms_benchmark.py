@@ -31,7 +31,8 @@ def test_every_algorithm_gives_settings_of_its_policies(algorithms):
     flow = {job.algorithm: job.setting for job in jobs if job.setting.policy == "embedded"}
     assert set(flow) == set(algorithms.ALGORITHMS) and len(jobs) > len(flow)
     assert (flow["DanceGRPO"].transition, flow["DanceGRPO"].estimator, flow["DanceGRPO"].objective) == ("dance_sde", "group", "clipped")
-    assert (flow["DDPO"].estimator, flow["DPOK"].objective) == ("per-prompt history", "reinforce") and flow["DPOK"].kl_weight > 0 == flow["DDPO"].kl_weight
+    assert (flow["DDPO"].estimator, flow["DPOK"].estimator, flow["DPOK"].objective) == ("per-prompt history", "learned value", "reinforce")
+    assert flow["DPOK"].kl_weight > 0 == flow["DDPO"].kl_weight
     assert {job.setting.transition for job in jobs if job.setting.policy == "embedded_diffusion"} == {"ddim"}
     assert len({(job.setting.group_size, job.setting.steps, job.calls, job.setting.learning_rate) for job in jobs if job.setting.policy == "embedded"}) == 1
 
