@@ -24,7 +24,7 @@ from statistics import mean, stdev
 from typing import Any
 
 from comfy_dancegrpo.atomic import replacing
-from comfy_dancegrpo.grpo.groups import LEARNED_VALUE, LEAVE_ONE_OUT, PER_PROMPT, RANK
+from comfy_dancegrpo.grpo.groups import BATCH_STD, LEARNED_VALUE, LEAVE_ONE_OUT, PER_PROMPT, RANK
 
 from .iteration import add_changes, changes_of, machine
 from .learning import captions
@@ -32,6 +32,7 @@ from .settings import EMBEDDED, Setting, published
 
 SHORT = {"warmup": 3, "ema_decay": 0.95}  # of runs of a few dozen optimizer steps
 _FLOW = ("embedded",)
+_FORWARD = {"eta": 0.0, "initial_noise": "independent", "estimator": BATCH_STD}  # sampled without noise in the steps
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,8 @@ ALGORITHMS = {  # docs/algorithms.md has their papers
     "DPOK": Algorithm({"objective": "reinforce", "estimator": LEARNED_VALUE, "kl_weight": 0.001}),  # its published 0.01 to a reward's weight of 10
     "RLOO": Algorithm({"objective": "reinforce", "estimator": LEAVE_ONE_OUT}),
     "rank": Algorithm({"estimator": RANK}),
+    "DiffusionNFT": Algorithm({"objective": "diffusion_nft", **_FORWARD}),
+    "AWM": Algorithm({"objective": "awm", "clip_range": 1.0, **_FORWARD}),
 }
 
 

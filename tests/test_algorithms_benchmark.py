@@ -37,6 +37,15 @@ def test_every_algorithm_gives_settings_of_its_policies(algorithms):
     assert len({(job.setting.group_size, job.setting.steps, job.calls, job.setting.learning_rate) for job in jobs if job.setting.policy == "embedded"}) == 1
 
 
+def test_every_algorithm_trains(algorithms):
+    """An iteration of each, on the last policy that it is for."""
+    for name, algorithm in algorithms.ALGORITHMS.items():
+        words = ["--algorithms", name, "--policies", algorithm.policies[-1], *TINY, "--rates", "1e-2", "--calls", "1"]
+        (job,) = algorithms.reported(algorithms.parser().parse_args(words), [])
+        found = algorithms.train(job)
+        assert (found["iterations"], found["broke"]) == (1, "") and found["calls"] > 1 and found["reward"]["gain"] != 0, name
+
+
 def test_from_end_to_end_and_on_from_where_it_was_interrupted(algorithms, tmp_path, capsys, one_thread):
     paths = {kind: tmp_path / f"found.{kind}" for kind in ("json", "table", "plot")}
     words = [*TINY, "--algorithms", "DanceGRPO", "DDPO", "--policies", "embedded", "--rates", "1e-3", "1e-2", "--calls", "150",
