@@ -24,13 +24,13 @@ class GroupSample:
 
     @classmethod
     def INPUT_TYPES(cls):
-        stochastic = [t.name for t in TRANSITIONS.values() if t.stochastic]
         return {"required": {
             "policy": wires.socket(wires.LIVE_POLICY, "From Loop Start."),
             "prompts": wires.socket(wires.PROMPTS, "From Loop Start: a group is sampled for each."),
             "group_size": wires.integer(12, 1, 1024, "Pictures for each prompt, at least 2; their scores are compared with each other."),
             "steps": wires.integer(16, 2, 1000, "Denoising steps."),
-            "transition": wires.choice(stochastic, "How noise enters: dance_sde for flows, ddim for diffusion models."),
+            "transition": wires.choice(list(TRANSITIONS), "How noise enters: dance_sde for flows, ddim for diffusion models. ode (flows): not at all, for Update's diffusion_nft "
+                                       "and awm, from independent initial noise."),
             "eta": wires.number(0.3, 0.0, 10.0, "How much noise. Too little, and a group's pictures are all alike; too much, and they are ugly."),
             "shift": wires.number(3.0, 0.0, 100.0, "Of a flow's time grid; 0 takes what the model's own scheduler says. Diffusion models have none and ignore it.", 0.1),
             "guidance_scale": wires.number(3.5, 0.0, 100.0, "The model's own guidance; without effect where it has none.", 0.1),
@@ -57,13 +57,15 @@ class GroupSample:
         family, settings = policy.policy, policy.settings
         if group_size < 2:
             raise RunError(f'input "group_size": found {group_size}, accepted: 2 or more, since a score is compared with the rest of its group')
-        if eta <= 0:
-            raise RunError(f'input "eta": found {eta}, accepted: above 0, since steps without noise cannot be trained')
         if eta_end == 0:
             raise RunError('input "eta_end": found 0.0, accepted: above 0, or -1 for an eta that stays')
         if TRANSITIONS[transition].process != family.process:
-            fitting = [t.name for t in TRANSITIONS.values() if t.process == family.process and t.stochastic]
+            fitting = [t.name for t in TRANSITIONS.values() if t.process == family.process]
             raise RunError(f'input "transition": found {transition!r}, accepted for this policy ({family.process}): {", ".join(map(repr, fitting))}')
+        if initial_noise == "shared" and not TRANSITIONS[transition].stochastic:
+            raise RunError(f'input "initial_noise": found {initial_noise!r}, accepted where "transition" is {transition!r}: \'independent\', since a group would be one picture')
+        if initial_noise == "shared" and eta <= 0:
+            raise RunError(f'input "eta": found {eta}, accepted where "initial_noise" is {initial_noise!r}: above 0, since a group would be one picture')
         if noise_steps == BRANCH and initial_noise != "shared":
             raise RunError(f'input "initial_noise": found {initial_noise!r}, accepted where "noise_steps" is {BRANCH!r}: \'shared\', since a group is one until it branches')
         size, noise = Size(height, width, frames), NoiseSteps(noise_steps, window_size, window_interval, noise_share)

@@ -30,14 +30,15 @@ class Update:
             "max_skipped_steps": wires.integer(3, 0, 1_000_000, "How many optimizer steps in a row may be skipped because their loss or gradient is NaN "
                                                "or infinite; one more stops the run."),
             "objective": wires.choice(list(OBJECTIVES), "clipped: of the plain ratio. grpo_guard: of a ratio normalised to mean the same at every step "
-                                      "(flows). reinforce: nothing is clipped."),
+                                      "(flows). reinforce: nothing is clipped. diffusion_nft, awm: of the finished pictures with fresh noise, however they were sampled."),
             "clip_range_high": wires.number(0.0, 0.0, 10.0, "How far the ratio may rise, where that is more than it may fall; 0: as far as clip_range.", 1e-5),
             "kl_weight": wires.number(0.0, 0.0, 1e6, "Of KL to the policy as it was before training, added to the objective: it holds back from cheating the "
                                       "reward, and costs one more denoiser call.", 0.01),
+            "nft_beta": wires.number(1.0, 0.001, 1000.0, "Of diffusion_nft: from the second optimizer step on, how much it pulls back to the policy that sampled.", 0.1),
         }}
 
     def update(self, policy, advantages, clip_range, train_fraction, optimizer_steps, max_grad_norm, max_skipped_steps=3,
-               objective="clipped", clip_range_high=0.0, kl_weight=0.0):
+               objective="clipped", clip_range_high=0.0, kl_weight=0.0, nft_beta=1.0):
         from comfy_dancegrpo import processes
         from comfy_dancegrpo.grpo import update as grpo
 
@@ -45,7 +46,8 @@ class Update:
             processes.check_interrupt()
             host().progress(done, total)
 
-        settings = grpo.UpdateSettings(clip_range, train_fraction, optimizer_steps, max_grad_norm, max_skipped_steps, objective, clip_range_high, kl_weight)
+        settings = grpo.UpdateSettings(clip_range, train_fraction, optimizer_steps, max_grad_norm, max_skipped_steps, objective, clip_range_high, kl_weight,
+                                       nft_beta)
         host().load(policy.policy)
         try:
             return (grpo.update(policy.learner, advantages, settings, tick),)

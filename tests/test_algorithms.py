@@ -99,6 +99,21 @@ def test_what_an_estimator_remembers_reaches_the_next_rollout_and_a_resumed_run(
     assert any(not torch.equal(value, forgetful[name]) for name, value in straight.items() if name.startswith("parameters."))
 
 
+def test_a_run_without_noise_trains_on_what_it_has_drawn(cli, loop_only, saved, tiny_loop, tmp_path):
+    """Two iterations by an ODE; and one line for what cannot be: a group from one noise, an objective that needs probabilities."""
+    sampling, training = (next(node for node in loop_only.values() if node["class_type"] == f"DanceGRPO{kind}")["inputs"] for kind in ("GroupSample", "Update"))
+    words = ["--output", tmp_path, *tiny_loop]
+    sampling["transition"] = "ode"
+    assert "'shared', accepted where \"transition\" is 'ode': 'independent'" in cli("run", saved(loop_only), *words, "--run", "shared").err[-1]
+    sampling["initial_noise"] = "independent"
+    assert "'diffusion_nft', 'awm'" in " ".join(cli("run", saved(loop_only), *words, "--run", "clipped").err)
+    training |= {"objective": "diffusion_nft", "optimizer_steps": 2, "nft_beta": 0.1}
+    done = cli("run", saved(loop_only), *words, "--run", "forward")
+    assert done.status == 0, done.err
+    rows = [json.loads(row) for row in (tmp_path / "forward" / "metrics.jsonl").read_text().splitlines()]
+    assert len(rows) == 2 and all(row["grad_norm"] > 0 and row["ratio_deviation"] == 0 for row in rows)
+
+
 def test_a_schedule_that_falls_over_the_run_is_told_of_where_the_run_becomes_longer(cli, loop_only, saved, tiny_loop, tmp_path):
     loop_only["4"]["inputs"] |= {"schedule": "linear", "warmup": 0, "learning_rate": 1e-3}
     words = ["run", saved(loop_only), "--output", tmp_path, *tiny_loop]

@@ -28,7 +28,7 @@ RECORDED = {
     "DanceGRPOAdjustScores": ("scores operation threshold low high column", "", "DANCEGRPO_SCORES"),
     "DanceGRPOAdvantage": ("scores clamp", "combine best_of estimator min_advantage", "DANCEGRPO_ADVANTAGES"),
     "DanceGRPOSample": ("policy prompts steps guidance_scale width height frames noise_seed samples_per_prompt", "lora", "IMAGE"),
-    "DanceGRPOUpdate": ("policy advantages clip_range train_fraction optimizer_steps max_grad_norm", "max_skipped_steps objective clip_range_high kl_weight", "DANCEGRPO_UPDATE"),
+    "DanceGRPOUpdate": ("policy advantages clip_range train_fraction optimizer_steps max_grad_norm", "max_skipped_steps objective clip_range_high kl_weight nft_beta", "DANCEGRPO_UPDATE"),
     "DanceGRPOLoopEnd": ("update", "", "DANCEGRPO_LORA DANCEGRPO_RUN"),
     "DanceGRPOLoopRunner": ("body", "", "DANCEGRPO_LORA DANCEGRPO_RUN"),
     "DanceGRPOEvaluate": (
@@ -64,7 +64,7 @@ CHOICES = {
     "DanceGRPOLoopStart.on_existing": {"new", "resume", "restart"},
     "DanceGRPOLoopStart.schedule": {"constant", "inverse_sqrt", "linear", "cosine", "cosine_with_restarts", "polynomial", "piecewise_constant"},
     "DanceGRPOWatch.below": {"best", "start"},
-    "DanceGRPOGroupSample.transition": {"dance_sde", "flow_grpo_sde", "cps", "ddim"},
+    "DanceGRPOGroupSample.transition": {"dance_sde", "flow_grpo_sde", "cps", "ode", "ddim"},
     "DanceGRPOGroupSample.initial_noise": {"shared", "independent"},
     "DanceGRPOGroupSample.noise_steps": {"all", "window", "branch"},
     "DanceGRPOGroupSample.ode_solver": {"euler", "dpm++ 2m"},
@@ -75,7 +75,7 @@ CHOICES = {
     "DanceGRPOLoadReward.frame_score": {"mean", "worst"},
     "DanceGRPOAdjustScores.operation": {"threshold", "rank", "clip", "negate"},
     "DanceGRPOAdvantage.combine": {"normalise each, then sum", "sum, then normalise"},
-    "DanceGRPOUpdate.objective": {"clipped", "grpo_guard", "reinforce"},
+    "DanceGRPOUpdate.objective": {"clipped", "grpo_guard", "reinforce", "diffusion_nft", "awm"},
     "DanceGRPOAdvantage.estimator": {"group", "group mean, batch std", "per-prompt history", "batch", "rank", "leave-one-out", "learned value"},
 }
 ENGINE_BUILT = {"DanceGRPOLoopStart", "DanceGRPOLoopRunner"}  # called by the loop, with what it made
