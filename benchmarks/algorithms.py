@@ -186,7 +186,7 @@ def grouped(made: Sequence[Made]) -> dict[tuple[str, str, int], list[Made]]:
 
 
 def draw(made: Sequence[Made], path: Path) -> None:
-    """A panel for each policy and reward: a point is a seed's gain with its standard error, a line the mean of the seeds."""
+    """A panel for each policy and reward: a point is a seed's gain with its standard error, a cross one that collapsed, a line the mean of the seeds."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -206,11 +206,12 @@ def draw(made: Sequence[Made], path: Path) -> None:
                 middle, colour = names.index(name) + 0.26 * (size - (len(sizes) - 1) / 2), f"C{size}"
                 for k, run in enumerate(runs):
                     at = middle + 0.2 * ((k + 1) / (len(runs) + 1) - 0.5)
-                    axes.errorbar(at, run[what]["gain"], run[what]["error"], color=colour, fmt="x" if collapsed(run, what) else "o", markersize=4, linewidth=0.7)
+                    axes.errorbar(at, run[what]["gain"], run[what]["error"], color=colour, linewidth=0.7, zorder=3, markersize=8 if collapsed(run, what) else 4,
+                                  markeredgewidth=2, fmt="x" if collapsed(run, what) else "o")
                 of_seeds = mean(run[what]["gain"] for run in runs)
                 axes.plot([middle - 0.11, middle + 0.11], [of_seeds, of_seeds], color=colour, linewidth=2.2, label=None if name != names[0] else f"{prompts} prompts")
             axes.set_xticks(range(len(names)), names, rotation=20)
-            axes.set(title=f"{policy}: {title}", ylabel="gain on the validation captions")
+            axes.set(title=f"{policy}: {title}", ylabel="gain on the validation captions (x: collapsed)")
         row[0].legend()
     FigureCanvasAgg(figure)
     figure.savefig(path, dpi=110, format="png")
