@@ -69,5 +69,9 @@ def test_eta_moves_over_the_run_and_a_resumed_run_has_the_same(cli, loop_only, s
     assert cli(*words, "--run", "killed", "--iterations", 4, "--set", "Loop Start.on_existing=resume").status == 0
     one, other = (load_file(tmp_path / name / "checkpoints" / "0000004.safetensors") for name in ("straight", "killed"))
     assert one.keys() == other.keys() and [name for name in one if not torch.equal(one[name], other[name])] == []
+    for name, status, line in (("Group Sample.eta_end=0", 3, '"eta_end": found 0.0, accepted: above 0, or -1'),
+                               ("Loop Start.schedule_rules=1:5", 2, "\"schedule_rules\": found '1:5', accepted: shares")):
+        refused = cli(*words, "--run", "refused", "--set", name)
+        assert refused.status == status and line in " ".join(refused.verdict), refused
     longer = cli(*words, "--run", "killed", "--iterations", 5, "--set", "Loop Start.on_existing=resume")
     assert longer.status == 0 and sum('"eta_end"' in line and "of 5 iterations instead of 4" in line for line in longer.err) == 1
