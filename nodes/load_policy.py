@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from comfy_dancegrpo import policies
-from comfy_dancegrpo.policies import places
+from comfy_dancegrpo.policies import kernels, places
 from comfy_dancegrpo.policies.quantization import KINDS, NONE
 from comfy_dancegrpo.policies.quantization import problem as quantization_problem
 
@@ -40,6 +40,10 @@ class LoadPolicy:
                                                               "expert and 3 for this. 0 takes guidance_scale for both; other models have no second expert.", 0.1),
             "quantization": wires.choice(list(KINDS), "Of the denoiser's frozen weights, by a package of that name: half the memory of bfloat16 or, "
                                          "with nf4, a quarter. bitsandbytes needs a GPU. Only a LoRA can be trained on it."),
+            "attention_backend": wires.choice(list(kernels.BACKENDS), "By which kernels the denoiser computes attention, of diffusers' names. default: torch's own choice. "
+                                              "flash, _flash_3 and xformers come in packages of their own, and want a GPU and a half precision."),
+            "compile": ("BOOLEAN", {"default": False, "tooltip": "torch.compile of the blocks that the denoiser repeats: faster calls on a GPU, "
+                                                                "and a wait at the first ones. It belongs to the run, since compiled kernels round otherwise."}),
         }}
 
     @classmethod
@@ -52,9 +56,10 @@ class LoadPolicy:
         return policies.problem(policy, parts_of(given)) or True
 
     def load(self, policy: str, dtype: str, vae=OWN, text_encoder=OWN, text_encoder_2=OWN, text_encoder_3=OWN, components=OWN, prompt_cache="memory",
-             guidance_scale_2: float = 0.0, quantization=NONE):
+             guidance_scale_2: float = 0.0, quantization=NONE, attention_backend=kernels.DEFAULT, compile: bool = False):
         given = dict(zip(PARTS, (vae, text_encoder, text_encoder_2, text_encoder_3, components)))
-        return (policies.load(policy, dtype, parts_of(given), prompt_cache, guidance_scale_2, quantization),)
+        return (policies.load(policy, dtype, parts_of(given), prompt_cache, guidance_scale_2, quantization,
+                              attention_backend, compile),)
 
 
 def parts_of(values: dict) -> places.Parts:

@@ -13,7 +13,7 @@ REGISTRY = {**nodes.HOST_CLASS_MAPPINGS, **nodes.NODE_CLASS_MAPPINGS}
 # never goes before an old one); nothing is renamed, reordered or removed.
 RECORDED = {
     # id: (required inputs, optional inputs, outputs by type)
-    "DanceGRPOLoadPolicy": ("policy dtype", "vae text_encoder text_encoder_2 text_encoder_3 components prompt_cache guidance_scale_2 quantization", "DANCEGRPO_POLICY"),
+    "DanceGRPOLoadPolicy": ("policy dtype", "vae text_encoder text_encoder_2 text_encoder_3 components prompt_cache guidance_scale_2 quantization attention_backend compile", "DANCEGRPO_POLICY"),
     "DanceGRPOPromptSet": ("text file limit", "image", "DANCEGRPO_PROMPTS"),
     "DanceGRPOLoopStart": (
         "policy prompts run_name iterations prompts_per_iteration seed learning_rate weight_decay lora_rank lora_alpha lora_targets "
@@ -57,6 +57,8 @@ CHOICES = {
     "DanceGRPOLoadPolicy.policy": {"embedded", "embedded_diffusion"},
     "DanceGRPOLoadPolicy.prompt_cache": {"memory", "disk"},
     "DanceGRPOLoadPolicy.quantization": {"none", "int8 (torchao)", "float8 (torchao)", "8-bit (bitsandbytes)", "nf4 (bitsandbytes)"},
+    "DanceGRPOLoadPolicy.attention_backend": {"default", "native", "flash", "flash_varlen", "flex", "xformers", "_native_flash", "_native_efficient",
+                                              "_native_cudnn", "_native_math", "_flash_3", "_flash_varlen_3"},
     "DanceGRPOLoadPolicy.dtype": {"float32", "bfloat16", "float16"},
     "DanceGRPOLoopStart.lora_targets": {"attention", "attention and feed-forward", "all linear layers", "modulation", "all weights (no LoRA)"},
     "DanceGRPOLoopStart.optimizer": {"adamw", "adamw_8bit", "paged_adamw_8bit", "adafactor", "prodigy"},

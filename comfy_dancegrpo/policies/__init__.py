@@ -10,7 +10,7 @@ from .. import headers
 from ..embedded import POLICIES as EMBEDDED
 from ..errors import RunError
 from ..quiet import quiet_loading
-from . import places, quantization, recognise
+from . import kernels, places, quantization, recognise
 from .places import Parts
 
 if TYPE_CHECKING:
@@ -134,11 +134,11 @@ def _numbers(version: str) -> tuple[int, ...]:
 
 
 def load(name: str, dtype: str = "float32", parts: Parts = Parts(), prompt_cache: str = "memory", guidance_scale_2: float = 0.0,
-         quantized: str = quantization.NONE) -> Policy:
+         quantized: str = quantization.NONE, attention_backend: str = kernels.DEFAULT, compile: bool = False) -> Policy:
     """Loads a policy's weights, frozen, onto this process's device. Raises `RunError` where `problem` names one.
 
     guidance_scale_2: of a second expert, that of low noise (Wan 2.2 A14B); 0 takes that of the first. quantized: how the denoisers
-    are, one of `quantization.KINDS`.
+    are, one of `quantization.KINDS`. attention_backend: of theirs, one of `kernels.BACKENDS`. compile: whether their blocks are compiled.
     """
     if line := problem(name, parts) or quantization.problem(quantized):
         raise RunError(line)
@@ -163,4 +163,8 @@ def load(name: str, dtype: str = "float32", parts: Parts = Parts(), prompt_cache
     policy.sources, policy.prompt_cache, policy.quantized = (path, folders[0], *given.values()), prompt_cache, quantized
     if guidance_scale_2:
         policy.guide_low_noise(guidance_scale_2)
+    with quiet_loading():
+        kernels.choose_attention(policy, attention_backend)
+        if compile:
+            kernels.compile_blocks(policy)
     return policy

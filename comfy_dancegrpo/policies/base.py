@@ -48,6 +48,7 @@ class Policy(abc.ABC):
     sources: tuple[Path, ...] = ()  # the folders and files that it was loaded from
     prompt_cache = "memory"
     quantized = "none"  # how the denoisers are, one of quantization.KINDS
+    compiled = False  # whether the blocks of the denoisers are (`kernels.compile_blocks`)
     full = None  # lora.full.FullWeights, while all weights are in training
 
     def __init__(self, name: str, pipeline, dtype: torch.dtype):
@@ -225,6 +226,12 @@ class Policy(abc.ABC):
 
     def predict(self, latents: Tensor, timesteps: Tensor, conditioning: Conditioning, plan: SamplingPlan) -> Tensor:
         """As `Denoiser.predict`: with guidance where the family is guided by a second call and the scale is above 1."""
+        wanted = torch.is_grad_enabled()
+        with torch.set_grad_enabled(wanted or self.compiled):  # torch compiles one function with a gradient, and without it another, which rounds otherwise
+            found = self._predict(latents, timesteps, conditioning, plan)
+        return found if wanted else found.detach()
+
+    def _predict(self, latents: Tensor, timesteps: Tensor, conditioning: Conditioning, plan: SamplingPlan) -> Tensor:
         positive = self.denoise(latents, timesteps, conditioning.positive, plan).to(latents.dtype)
         if not self.guided(plan):
             return positive

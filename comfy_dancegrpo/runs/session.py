@@ -24,6 +24,7 @@ from ..grpo.update import UpdateStats
 from ..lora import files
 from ..lora.adapter import LoraSettings, LoraSnapshot, bare
 from ..lora.full import FullSettings, FullSnapshot
+from ..policies import kernels
 from ..policies.base import Policy
 from ..prompts import PromptList
 from ..rewards.early import Scoring
@@ -99,7 +100,9 @@ class LivePolicy:
     def micro_batch(self, work: Work, conditioning: Conditioning) -> int:
         """Samples in every denoiser call of the run, of which this work is the next: found before the first, where they are to be found."""
         if self.settings.micro_batch == micro_batch.BY_TRIAL:
-            self._found(micro_batch.find(self.learner, work, conditioning))
+            found = micro_batch.find(self.learner, work, conditioning)
+            kernels.forget(self.policy)
+            self._found(found)
         return self.settings.micro_batch
 
 
