@@ -1,6 +1,7 @@
 """The optimizers by name: each trains, is resumed bit for bit, or says in one line which package it wants."""
 
 import importlib.util
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -65,6 +66,41 @@ def test_a_state_of_an_older_version_is_read():
     other.load_state({key: value for key, value in first.state().items() if key != "optimizer"})
     train(first, 2, 1), train(other, 2, 1)
     assert all(torch.equal(value, other.state()[key]) for key, value in first.state().items())
+
+
+@pytest.mark.parametrize("device, fused", [("cuda", True), ("cpu", None), ("mps", None)])
+def test_adamw_is_fused_on_cuda_alone(device, fused, monkeypatch):
+    """There is no GPU here: what stands in for a parameter has a device alone, and for AdamW what it is asked for."""
+    asked = []
+    monkeypatch.setattr(torch.optim, "AdamW", lambda parameters, **options: asked.append(options))
+    optimizers.make("adamw", [SimpleNamespace(device=torch.device(device))] * 2, OptimizerSettings())
+    optimizers.make("adamw", [SimpleNamespace(device=torch.device(device)), SimpleNamespace(device=torch.device("cpu"))], OptimizerSettings())
+    assert [options.get("fused") for options in asked] == [fused, None]
+
+
+@pytest.mark.parametrize("fused_first", [True, False])
+def test_a_run_goes_on_with_the_kernels_of_its_device(fused_first, monkeypatch):
+    """torch has a fused AdamW for CPUs too, which stands in for that of a GPU; AdamW itself (arXiv 1711.05101, algorithm 2) is computed beside it in float64."""
+    make = torch.optim.AdamW
+
+    def of(fused):
+        monkeypatch.setattr(torch.optim, "AdamW", lambda parameters, **options: make(parameters, **options, **({"fused": True} if fused else {})))
+        return learner_of("adamw", ema_decay=0.0)
+
+    first, other = of(fused_first), of(not fused_first)
+    train(first, 0, 3)
+    other.load_state(first.state())
+    assert [bool(learner.optimizer.param_groups[0]["fused"]) for learner in (first, other)] == [fused_first, not fused_first]
+    train(other, 3, 3)
+    s, x = other.settings, learner_of("adamw").parameters["bias"].detach().double()
+    m, v = torch.zeros_like(x), torch.zeros_like(x)
+    for step in range(6):
+        source = torch.Generator().manual_seed(100 + step)
+        g = [torch.randn(p.shape, generator=source) for p in other.parameters.values()][-1].double()
+        m, v = s.betas[0] * m + (1 - s.betas[0]) * g, s.betas[1] * v + (1 - s.betas[1]) * g**2
+        hats = m / (1 - s.betas[0] ** (step + 1)), v / (1 - s.betas[1] ** (step + 1))
+        x = x - s.learning_rate * s.weight_decay * x - s.learning_rate * hats[0] / (hats[1].sqrt() + 1e-8)
+    assert (other.parameters["bias"].double() - x).abs().max() < 1e-6
 
 
 def test_a_missing_package_is_one_line(monkeypatch):

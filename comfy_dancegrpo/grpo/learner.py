@@ -165,7 +165,7 @@ class Learner:
         if _REST in shapes:  # a checkpoint of an older version has none
             rest = processes.broadcast(_unpacked(tensors[_REST]) if processes.is_first() else None)
             for group, saved in zip(state["param_groups"], rest["groups"]):
-                group |= {key: tuple(value) if isinstance(value, list) else value for key, value in saved.items()}
+                group |= {key: tuple(value) if isinstance(value, list) else value for key, value in saved.items() if key != optimizers.FUSED}  # of this device
             for parameter, values in rest["numbers"].items():
                 slots[parameter] |= values
         state["state"] = {i: slots[name] for i, name in enumerate(self.parameters) if slots[name]}

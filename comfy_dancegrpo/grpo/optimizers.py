@@ -21,6 +21,7 @@ OPTIMIZERS: dict[str, tuple[str, str, str, dict]] = {
     "prodigy": ("prodigyopt", "Prodigy", "prodigyopt", {}),  # arXiv 2306.06101; its learning rate is a factor, and wants to be 1
 }
 WITHOUT_BETAS = ("adafactor",)
+FUSED = "fused"  # torch's name for it, in AdamW's options too
 STATE = {"adamw": 8.0, "adamw_8bit": 2.1, "paged_adamw_8bit": 2.1, "adafactor": 0.1, "prodigy": 16.0}  # bytes for each trained number (8-bit ones rounded up)
 
 
@@ -42,6 +43,8 @@ def make(name: str, parameters: Iterable[torch.nn.Parameter], settings: Optimize
     if name != "adamw" and any(map(sharding.is_part, parameters)):
         raise ValueError(f'input "optimizer": found {name!r}, accepted with sharded weights: \'adamw\', whose steps do not mix the parts')
     module, cls, _, options = OPTIMIZERS[name]
+    if name == "adamw" and parameters and all(p.device.type == "cuda" for p in parameters):
+        options = {FUSED: True}  # one kernel for all parameters; elsewhere torch's own choice
     betas = {} if name in WITHOUT_BETAS else {"betas": settings.betas}
     return getattr(importlib.import_module(module), cls)(
         parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay, **betas, **options)
