@@ -44,7 +44,7 @@ def test_it_is_fitted_as_by_autograd_and_torchs_adam_from_one_iteration_to_the_n
         layer.weight.copy_(torch.tensor(state["parameters"], dtype=torch.float64)[:layer.weight.numel()].view_as(layer.weight))
         for p in (layer.bias, last.weight, last.bias):
             p.zero_()
-    adam = torch.optim.Adam([*layer.parameters(), *last.parameters()], lr=value.LEARNING_RATE)
+    adam = torch.optim.Adam([*layer.parameters(), *last.parameters()], lr=value.LEARNING_RATE, eps=value.EPSILON)
     mean, spread, centre = scores[0].mean(), scores[0].std(), first.mean(0)
     scale = (first - centre).square().mean().sqrt()
 
@@ -59,6 +59,19 @@ def test_it_is_fitted_as_by_autograd_and_torchs_adam_from_one_iteration_to_the_n
             adam.step()
         state = json.loads(json.dumps(value.fitted(state, seen, z)))  # as a checkpoint keeps it
         torch.testing.assert_close(value.expected(state, z), theirs(z).detach(), rtol=1e-9, atol=1e-9)
+
+
+def test_scores_that_differ_by_rounding_lead_to_values_that_do():
+    """As with other numbers of processes; two prompts are each other's opposite, so that the gradient by b1 is nothing but rounding."""
+    z = draws(2, value.FEATURES).repeat_interleave(2, 0)
+    scores = 0.9 + 0.03 * draws(4, seed=1)
+    found = []
+    for seen in (scores, (scores + 2e-8 * draws(4, seed=2))):
+        state = value.fitted(value.begun(seen, z, 0), seen, z)
+        found.append(value.fitted(state, seen - 0.5, z))
+    near, far = (value.expected(state, draws(50, value.FEATURES, seed=3)) for state in found)
+    assert (near - far).abs().max() < 1e-6
+    assert np.abs(np.subtract(found[0]["parameters"], found[1]["parameters"])).max() < 1e-5
 
 
 # -- the features of a prompt -----------------------------------------------------------------------------------------------------
@@ -112,8 +125,8 @@ def share_between(advantages, groups):
 def test_the_part_of_the_reward_that_is_the_prompts_is_taken_out():
     found = iterations(60, spread_of_prompts=0.05)
     shares = [share_between(advantages.values, rollout.groups) for rollout, _, advantages in found]
-    assert shares[0] > 0.8  # of noise alone it would be a quarter, since a mean of 4 has that much of its variance
-    assert sum(shares[-10:]) / 10 < 0.55
+    assert shares[0] > 0.9  # of noise alone it would be a quarter, since a mean of 4 has that much of its variance
+    assert sum(shares[-10:]) / 10 < 0.65
     residuals = [rewards - value.expected(rollout.history["r"], value.features(rollout.conditioning, 3)[rollout.groups]) for rollout, rewards, _ in found[-10:]]
     assert torch.cat(residuals).std().item() < 1.5 * 0.05 and found[0][1].std().item() > 0.15
 

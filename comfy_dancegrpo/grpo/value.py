@@ -16,6 +16,7 @@ from .protocol import Conditioning
 
 FEATURES, HIDDEN = 64, 32
 STEPS, LEARNING_RATE = 20, 3e-3  # of Adam, at each iteration
+EPSILON = 1e-3  # Adam's: with its usual 1e-8 a parameter whose gradient is rounding alone, as b1's by two prompts, would move as far as any
 
 State = Mapping[str, Sequence[float]]
 """mean, spread, centre [FEATURES] and scale of the features, Adam's count of steps, and the parameters W1, b1, w2, b2 in a row with Adam's moments of them."""
@@ -69,7 +70,7 @@ def fitted(state: State, values: Tensor, z: Tensor) -> State:
     for steps in range(steps + 1, steps + 1 + STEPS):
         slope = gradient(parameters, z, wanted)
         first, second = 0.9 * first + 0.1 * slope, 0.999 * second + 0.001 * slope**2
-        parameters = parameters - LEARNING_RATE * first / (1 - 0.9**steps) / ((second / (1 - 0.999**steps)).sqrt() + 1e-8)
+        parameters = parameters - LEARNING_RATE * first / (1 - 0.9**steps) / ((second / (1 - 0.999**steps)).sqrt() + EPSILON)
     return {**state, "steps": [steps], "parameters": parameters.tolist(), "first": first.tolist(), "second": second.tolist()}
 
 
