@@ -12,6 +12,7 @@ from perceptron import (
     ALL, GROUP, LATENT, PAIRS, PROMPTS, STEPS, WORDS, Perceptron, Recorder,
     advantages_of, flat, numpy_network, relative_error, rollout_of, slope, with_reference,
 )
+from spmd import in_processes
 
 from comfy_dancegrpo.grpo.advantages import combine
 from comfy_dancegrpo.grpo.forward_process import Forward
@@ -206,6 +207,29 @@ def test_the_noise_belongs_to_the_sample_and_the_level():
     swapped = dataclasses.replace(rollout, groups=rollout.groups.flip(0), indices=rollout.indices.flip(0))
     other = Forward(dataclasses.replace(advantages, scores=dataclasses.replace(advantages.scores, rollout=swapped)), forward.settings)
     assert all(torch.equal(forward.eps(n, t), other.eps(PROMPTS * GROUP - 1 - n, t)) for n, t in PAIRS)
+
+
+def by_one_of_many():
+    """By objective: the samples that are drawn here, the gradients of two optimizer steps, and the calls, of pairs, of all processes."""
+    found = {}
+    for objective in FORWARD:
+        learner, advantages = case(learning_rate=3e-3)
+        stats = update(learner, advantages, dataclasses.replace(ALL, objective=objective, optimizer_steps=2, train_fraction=0.6, clip_range=1.0))
+        made = stats.calls.forward + stats.calls.backward - stats.calls.padded
+        found[objective] = len(advantages.scores.rollout.places), learner.gradients, made, stats.transitions, stats.loss
+    return found
+
+
+def test_any_number_of_processes_gives_the_same(tmp_path):
+    """12 samples by 2: noise is of the sample, and what the policy that sampled says of later pairs is asked for by the process that has them."""
+    alone, both = by_one_of_many(), in_processes(2, by_one_of_many, tmp_path)
+    for objective in FORWARD:
+        drawn, gradients, *rest = alone[objective]
+        assert drawn == 12 and rest[:2] == [24 + 12, 24]
+        for found in both:
+            drawn_here, theirs, *their_rest = found[objective]
+            assert drawn_here == 6 and their_rest == pytest.approx(rest, rel=1e-12)
+            assert max(map(relative_error, theirs, gradients)) < 1e-12
 
 
 @pytest.mark.parametrize("objective", FORWARD)

@@ -1,6 +1,5 @@
 """The same training with any number of processes (DESIGN, rule 3), on gloo."""
 
-import dataclasses
 from types import SimpleNamespace
 
 import pytest
@@ -22,13 +21,13 @@ PROMPTS = ("a red circle", "a blue square", "a small green triangle")
 GROUP = 3  # 9 samples: neither 2 nor 4 divides them
 
 
-def iterations(count, settings, planted=False, transition="dance_sde"):
+def iterations(count, settings, planted=False):
     """Rollouts and gradients of the first iteration, and the LoRA after `count`. planted: the last process keeps its gradient to itself."""
     policy = policies.load("embedded")
     reward = rewards.Reward("brightness", lambda pictures, prompts: torch.stack([p.double().mean().float() for p in pictures]))
     adapter = Adapter(policy, LoraSettings(4, 4.0, "modulation"), 0)
     learner = Learner(policy, adapter.parameters, OptimizerSettings(1e-3, weight_decay=0.0, ema_decay=0.9), "run")
-    plan = SamplingPlan(policy.time_grid(4, 3.0, SIZE), transition, 0.7, 0.0, SIZE)
+    plan = SamplingPlan(policy.time_grid(4, 3.0, SIZE), "dance_sde", 0.7, 0.0, SIZE)
     found = {}
     clip = learner.clip_grad_norm
 
@@ -48,7 +47,7 @@ def iterations(count, settings, planted=False, transition="dance_sde"):
 
         processes.sum_over_all = left_out
     for iteration in range(count):
-        request = Request(PROMPTS, GROUP, policy.latent_shape(SIZE), 0, iteration, transition != "ode", 8)
+        request = Request(PROMPTS, GROUP, policy.latent_shape(SIZE), 0, iteration, True, 8)
         rollout = sample(policy, request, encode(policy, PROMPTS, SIZE), plan, learner.version)
         values = processes.gathered(reward(rollout.pictures, rollout.own_prompts), rollout.places, rollout.size)
         if iteration == 0:
@@ -102,24 +101,6 @@ def test_a_gradient_that_is_left_out_would_be_noticed(alone, tmp_path):
     off = distance(found["gradient"], alone["gradient"]), distance(found["lora"], alone["lora"])
     print(f"one process's gradient left out: gradient off by {off[0]:.1e}, LoRA by {off[1]:.1e}")
     assert off[0] > 1e-4 and off[1] > 1e-2
-
-
-def of_the_forward_process():
-    settings = dataclasses.replace(SETTINGS, clip_range=1.0)
-    return {objective: iterations(2, dataclasses.replace(settings, objective=objective), transition="ode") for objective in ("diffusion_nft", "awm")}
-
-
-def test_objectives_of_the_forward_process_train_alike(tmp_path):
-    """What the policy that sampled says of later pairs is asked for in as many calls by each, and noise is of the sample."""
-    (alone,), both = (in_processes(count, of_the_forward_process, tmp_path / str(count)) for count in (1, 2))
-    for objective, one in alone.items():
-        for two in (found[objective] for found in both):
-            assert torch.equal(two["pictures"], one["pictures"]) and two["stats"]["ratio_deviation"] == 0.0
-            assert distance(two["gradient"], one["gradient"]) < 1e-5 and distance(two["lora"], one["lora"]) < 1e-3
-            assert two["stats"]["loss"] == pytest.approx(one["stats"]["loss"], abs=1e-6) and two["stats"]["transitions"] == one["stats"]["transitions"] == 27
-            for calls in (two["stats"]["calls"], one["stats"]["calls"]):
-                assert calls.forward + calls.backward - calls.padded == 27 + 14  # of two optimizer steps the second
-    assert distance(alone["awm"]["gradient"], alone["diffusion_nft"]["gradient"]) > 0.01
 
 
 def sparse():
