@@ -1,7 +1,7 @@
 """The types of our wires. Each is a small class of the library; only the live policy changes after it was handed on."""
 
 POLICY = "DANCEGRPO_POLICY"  # policies.base.Policy, its base weights frozen
-LIVE_POLICY = "DANCEGRPO_LIVE_POLICY"  # runs.session.LivePolicy, inside a loop alone
+LIVE_POLICY = "DANCEGRPO_LIVE_POLICY"  # runs.live_policy.LivePolicy, inside a loop alone
 PROMPTS = "DANCEGRPO_PROMPTS"  # prompts.PromptList
 REWARD = "DANCEGRPO_REWARD"  # rewards.Reward
 ROLLOUT = "DANCEGRPO_ROLLOUT"  # grpo.protocol.Rollout

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from ..grpo.protocol import Conditioning
     from .evaluate import HeldOut
-    from .session import LivePolicy
+    from .live_policy import LivePolicy
 
 
 @dataclass(frozen=True)
