@@ -280,7 +280,7 @@ def test_one_of_two_that_runs_out_of_memory(together, tmp_path):
             (tmp_path / "faults" / "1-memory").touch()
             break
     status, lines = ended(process)
-    assert status == 0, lines
+    assert status == 0, "\n".join(lines)
     print(*[line for line in lines if line.startswith("dancegrpo: ")], sep="\n")
     assert "dancegrpo: the processes are started again, with half the micro-batch" in lines
     newest = checkpoints.newest(tmp_path / "output/quickstart/checkpoints")

@@ -5,7 +5,9 @@ Each process gets what torchrun would give it. None outlives the launcher that s
 
 from __future__ import annotations
 
+import contextlib
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -17,7 +19,7 @@ from collections.abc import Callable, Container, Sequence
 from pathlib import Path
 
 from comfy_dancegrpo import pulse
-from comfy_dancegrpo.errors import DanceGRPOError, Interrupted, WorkflowError
+from comfy_dancegrpo.errors import DanceGRPOError, Interrupted, RunError, WorkflowError
 from comfy_dancegrpo.processes import AGAIN, LAUNCHER, started
 
 _OTHERS = ("TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION")  # by which torchrun and accelerate launch are known
@@ -186,9 +188,12 @@ def _environment(count: int, rank: int, port: int) -> dict[str, str]:
 
 
 def _free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
+    """Below those that systems give to whoever asks for any: it is bound only seconds later, once the first process has come so far."""
+    for port in random.sample(range(20000, 32768), 100):
+        with socket.socket() as free, contextlib.suppress(OSError):
+            free.bind(("127.0.0.1", port))
+            return port
+    raise RunError("no port of 100 from 20000 to 32767 is free for the processes to meet at")
 
 
 def end_with_the_launcher(stopping: Callable[[], bool]) -> None:
