@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import shutil
 
 import pytest
@@ -153,6 +154,9 @@ def test_a_muted_preview_changes_nothing(cli, quickstart, saved, tiny, tmp_path,
 
 # -- the run's folder is there already ----------------------------------------------------------------------------------
 def test_a_finished_run_queued_again_trains_nothing_and_says_so(cli, quickstart, tiny, again, first):
+    for path in (again / "run.json", again / "metrics.jsonl"):
+        os.utime(path, (path.stat().st_mtime - 3600,) * 2)  # the report tells when the run last changed, to the minute
+    assert cli("report", again).status == 0
     before = {p: p.read_bytes() for p in again.rglob("*") if p.is_file() and p.parent.name != "lora"}
     done = cli("run", quickstart, "--output", again.parent, *tiny)
     assert done.status == 0 and sum("is finished and unchanged; nothing is trained" in line for line in done.err) == 1

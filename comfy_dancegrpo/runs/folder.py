@@ -84,10 +84,12 @@ class RunFolder:
             raise RunError(f"{self.path / 'run.json'} is damaged; choose another \"run_name\", or delete that folder") from None
 
     def write_record(self, **changes: Any) -> None:
-        record = {**self.record, **changes}
+        before = self.record
+        record = {**before, **changes}
         if record.get("state") != "running":
             record.pop("process", None)
-        write_atomically(self.path / "run.json", json.dumps(record, indent=2) + "\n")
+        if record != before:  # the file's time is that of the run's last change, which its report tells
+            write_atomically(self.path / "run.json", json.dumps(record, indent=2) + "\n")
 
     def write_running(self, **changes: Any) -> None:
         """The same, for a run that this process trains from now on."""
