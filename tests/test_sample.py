@@ -61,7 +61,7 @@ def drawn(policy, lora=None):
 def test_the_node_draws_as_the_pipeline_does(policy, lora, snapshot):
     base = drawn(policy)
     assert base.shape == (4, 64, 64, 3) and base.dtype == torch.float32
-    np.testing.assert_array_equal(base, expected())
+    np.testing.assert_allclose(base, expected(), rtol=0, atol=1e-5)  # a VAE whose channels lie last rounds otherwise
     tuned = drawn(policy, snapshot)
     assert np.abs(tuned.numpy() - expected(lora)).max() < 1e-5 and (tuned - base).abs().max() > 1e-2
     assert torch.equal(drawn(policy), base)  # the LoRA came off

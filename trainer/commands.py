@@ -100,7 +100,11 @@ def run(workflow: Workflow, output: OutputOrAddress = "output", models: Models =
         if (number := launch.wanted(count, what)) > 1:
             raise typer.Exit(launch.launch(number, sys.argv[1:], hang_timeout, how_of))
         with use(host), host.running(), stored(host):
-            execute(host.prompt, host.registry, extra_pnginfo=host.extra_pnginfo)
+            try:
+                execute(host.prompt, host.registry, extra_pnginfo=host.extra_pnginfo)
+            except Interrupted:  # raised in all, at the same call
+                together.end()
+                raise
             together.end()
         if host.shows and tell is None:
             for written in ([host.run_folder] if host.run_folder else []) + list(host.files):
