@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from comfy_dancegrpo.grpo.rollout import Request
     from comfy_dancegrpo.grpo.update import UpdateSettings
     from comfy_dancegrpo.lora.adapter import LoraSettings
+    from comfy_dancegrpo.lora.full import FullSettings
     from comfy_dancegrpo.policies.base import Policy
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -96,10 +97,10 @@ class Setting:
         return Size(self.height, self.width, self.frames)
 
     @property
-    def lora(self) -> LoraSettings:
-        from comfy_dancegrpo.lora.adapter import LoraSettings
+    def lora(self) -> LoraSettings | FullSettings:
+        from comfy_dancegrpo.lora import full
 
-        return LoraSettings(self.lora_rank, self.lora_alpha, self.lora_targets)
+        return full.settings(self.lora_rank, self.lora_alpha, self.lora_targets)
 
     @property
     def optimizer(self) -> OptimizerSettings:

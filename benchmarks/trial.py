@@ -13,7 +13,7 @@ from comfy_dancegrpo.grpo.learner import Learner
 from comfy_dancegrpo.grpo.protocol import Column, SamplingPlan, Scores
 from comfy_dancegrpo.grpo.rollout import sample
 from comfy_dancegrpo.grpo.update import update
-from comfy_dancegrpo.lora.adapter import Adapter, bare
+from comfy_dancegrpo.lora.adapter import bare
 from comfy_dancegrpo.runs.evaluate import NOISELESS, HeldOut
 from comfy_dancegrpo.runs.prompt_cache import PromptCache, encode
 from comfy_dancegrpo.runs.prompt_order import prompts_of
@@ -25,7 +25,7 @@ NOISE_SEED = 1000  # of the evaluation
 
 
 class Trial:
-    """A LoRA in training, as a context. iteration: how many are done; calls: of the denoiser in them (samples, padding included, backward counted as 3).
+    """A LoRA, or all weights, in training, as a context. iteration: how many are done; calls: of the denoiser in them (samples, padding included, backward counted as 3).
 
     seconds: of training alone; on a CPU those that the process computed, so that other work beside it does not count.
     """
@@ -39,7 +39,7 @@ class Trial:
         still = SamplingPlan(self._plan.grid, NOISELESS[self.policy.process], 0.0, setting.guidance_scale, setting.size)
         self._held = HeldOut(tuple(held_out), (self._reward, rewards.load("shapes_agreement")), still, NOISE_SEED, 32, noises)
         self._conditioning = encode(self.policy, held_out, setting.size)
-        self._adapter = Adapter(self.policy, setting.lora, seed)
+        self._adapter = setting.lora.attach(self.policy, seed)
         self._learner = Learner(self.policy, self._adapter.parameters, setting.optimizer, "trial", reference=functools.partial(bare, self.policy))
         self.iteration, self.calls, self.seconds = 0, 0, 0.0
 

@@ -1,5 +1,6 @@
 """What a run says of its metrics, once; and the pages that tell what to do name inputs, choices and metrics that there are."""
 
+import inspect
 import json
 import re
 from pathlib import Path
@@ -7,6 +8,9 @@ from pathlib import Path
 import pytest
 
 from comfy_dancegrpo import nodes
+from comfy_dancegrpo.grpo import estimators
+from comfy_dancegrpo.grpo.objectives import OBJECTIVES
+from comfy_dancegrpo.grpo.transitions import TRANSITIONS
 from comfy_dancegrpo.runs import advice
 from comfy_dancegrpo.runs.advice import CHECKS, PAGE, Advice, see
 from comfy_dancegrpo.workflow.schema import inputs_of
@@ -115,3 +119,11 @@ def test_the_page_names_metrics_that_there_are_and_a_run_says_what_it_sees(tmp_p
     said = [line for line in done.err if "groups are seen" in line]
     assert said == [f"WARNING: iteration 1: 2 groups are seen; {see('groups-without-spread')}"]
     assert done.status == 0 and metrics <= known and {"ratio_deviation", "flat_groups", "pictures.grid"} <= metrics, metrics - known
+
+
+def test_the_page_says_how_many_lines_an_algorithm_has():
+    found = {path.stem: len(path.read_text(encoding="utf-8").splitlines()) for path in (ROOT / "comfy_dancegrpo/grpo").rglob("*.py")}
+    found |= {name: len(inspect.getsource(of).splitlines()) for name, of in inspect.getmembers(estimators, inspect.isfunction)}
+    section = (ROOT / "docs/algorithms.md").read_text(encoding="utf-8").partition("## Lines of code")[2].partition("\n## ")[0]
+    told = {name: int(lines) for name, lines in re.findall(r"`(\w+)` (\d+)", section)}
+    assert told.keys() >= {*TRANSITIONS, *OBJECTIVES} and told == {name: found[name] for name in told}
