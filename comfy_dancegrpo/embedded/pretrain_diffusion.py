@@ -2,7 +2,7 @@
 
     python -m comfy_dancegrpo.embedded.pretrain_diffusion --output FOLDER
 
-Trains the UNet alone (epsilon prediction, Stable Diffusion's betas), on the pictures and the captions that the flow was trained on, which it
+Trains the UNet alone (v prediction as in Stable Diffusion 2, its betas), on the pictures and the captions that the flow was trained on, which it
 follows as partly (`REDRAW`). A tenth of the captions is empty, for classifier-free guidance. FOLDER is then a `StableDiffusionPipeline` without
 the parts that it shares with the flow policy.
 """
@@ -37,13 +37,14 @@ def make(seed: int) -> StableDiffusionPipeline:
     )
     # "trailing" (arXiv 2305.08891): of few steps, "leading" ones end in a tiny one, whose log-probability would outweigh all the others' in training
     scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
-                              set_alpha_to_one=False, steps_offset=1, timestep_spacing="trailing")
+                              set_alpha_to_one=False, steps_offset=1, timestep_spacing="trailing", prediction_type="v_prediction")
     return StableDiffusionPipeline(unet=unet, scheduler=scheduler, **shared(DIFFUSION, torch.float32), safety_checker=None,
                                    feature_extractor=None, requires_safety_checker=False)
 
 
 def train(pipe: StableDiffusionPipeline, bank: Bank, steps: int, seed: int, fast: bool, keep) -> StableDiffusionPipeline:
-    """Noise prediction (arXiv 2006.11239), each timestep weighted as for the velocity: 1 / alpha_bar, at most 10. Returns the moving average.
+    """Prediction of v = sqrt(alpha_bar) epsilon - sqrt(1 - alpha_bar) x0 (arXiv 2202.00512): an error in it is as large an error of the picture at
+    the first of few steps as at the last, where one in epsilon would be 15 times as large. Returns the moving average.
 
     The attention's matrices are trained with Muon (arXiv 2502.16982), the rest with AdamW.
     """
@@ -69,15 +70,14 @@ def train(pipe: StableDiffusionPipeline, bank: Bank, steps: int, seed: int, fast
         x0 = latents[bank.rows([REDRAW(a, rng) for a in asked], rng)]
         rows = torch.tensor([index[None if rng.random() < 0.1 else a] for a in asked])
         timesteps, noise = torch.randint(pipe.scheduler.config.num_train_timesteps, (len(x0),)), torch.randn_like(x0)
-        epsilon = forward(pipe.scheduler.add_noise(x0, noise, timesteps), timesteps, hidden[rows], return_dict=False)[0]
-        weights = (1 / pipe.scheduler.alphas_cumprod[timesteps]).clamp(max=10)
-        loss = (weights * (epsilon - noise).square().mean((1, 2, 3))).mean()
+        velocity = forward(pipe.scheduler.add_noise(x0, noise, timesteps), timesteps, hidden[rows], return_dict=False)[0]
+        loss = F.mse_loss(velocity, pipe.scheduler.get_velocity(x0, noise, timesteps))
         apply(loss, optimizers, rates, trained.parameters())
         beta = min(0.995, (step + 1) / (step + 20))
         with torch.no_grad():
             for a, b in zip(average.parameters(), trained.parameters()):
                 a.lerp_(b, 1 - beta)
-        log(step, F.mse_loss(epsilon.detach(), noise))
+        log(step, loss)
         if (step + 1) % 500 == 0 or step + 1 == steps:
             pipe.register_modules(unet=average)
             keep(step + 1, pipe)
@@ -97,7 +97,7 @@ def save(pipe: StableDiffusionPipeline, folder: Path) -> None:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--output", type=Path, required=True, help="folder to write the UNet, the scheduler and card.json to")
-    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--steps", type=int, default=3500)
     parser.add_argument("--compile", action="store_true", help="compile the UNet: faster, where a C++ compiler is installed")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
