@@ -66,12 +66,13 @@ def add_changes(made: argparse._ActionsContainer, besides: Sequence[str] = ()) -
             if name not in besides:
                 made.add_argument(f"--{name.replace('_', '-')}", type=kind)
     made.add_argument("--initial-noise", choices=["shared", "independent"])
+    made.add_argument("--lora-targets", help="as Loop Start's input; also 'all weights (no LoRA)'")
     made.add_argument("--size", help="HEIGHTxWIDTH in pixels, or HEIGHTxWIDTHxFRAMES")
 
 
 def changes_of(options: argparse.Namespace) -> dict[str, Any]:
     """Of the settings, by the command line."""
-    changes = {name: value for name in (*_WHOLE, *_REAL, "initial_noise") if (value := getattr(options, name, None)) is not None}
+    changes = {name: value for name in (*_WHOLE, *_REAL, "initial_noise", "lora_targets") if (value := getattr(options, name, None)) is not None}
     if options.size:
         changes |= dict(zip(("height", "width", "frames"), map(int, options.size.split("x"))))
     return changes

@@ -37,6 +37,13 @@ def test_every_algorithm_gives_settings_of_its_policies(algorithms):
     assert len({(job.setting.group_size, job.setting.steps, job.calls, job.setting.learning_rate) for job in jobs if job.setting.policy == "embedded"}) == 1
 
 
+def test_all_weights_may_be_trained_in_place_of_a_lora(algorithms):
+    words = ["--rates", "2e-4", "--seeds", "0", "--sizes", "2", "--policies", "embedded_diffusion", "--lora-targets", "all weights (no LoRA)", *TINY]
+    (job,) = algorithms.reported(algorithms.parser().parse_args([*words, "--algorithms", "DPOK", "--calls", "1"]), [])
+    assert type(job.setting.lora).__name__ == "FullSettings"
+    assert (found := algorithms.train(job))["iterations"] == 1 and found["reward"]["gain"] != 0
+
+
 def test_every_algorithm_trains(algorithms):
     """An iteration of each, on the last policy that it is for."""
     for name, algorithm in algorithms.ALGORITHMS.items():
