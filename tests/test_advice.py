@@ -11,6 +11,7 @@ from comfy_dancegrpo import nodes
 from comfy_dancegrpo.grpo import estimators
 from comfy_dancegrpo.grpo.objectives import OBJECTIVES
 from comfy_dancegrpo.grpo.transitions import TRANSITIONS
+from comfy_dancegrpo.policies import FAMILIES
 from comfy_dancegrpo.runs import advice
 from comfy_dancegrpo.runs.advice import CHECKS, PAGE, Advice, see
 from comfy_dancegrpo.workflow.schema import inputs_of
@@ -127,3 +128,11 @@ def test_the_page_says_how_many_lines_an_algorithm_has():
     section = (ROOT / "docs/algorithms.md").read_text(encoding="utf-8").partition("## Lines of code")[2].partition("\n## ")[0]
     told = {name: int(lines) for name, lines in re.findall(r"`(\w+)` (\d+)", section)}
     assert told.keys() >= {*TRANSITIONS, *OBJECTIVES} and told == {name: found[name] for name in told}
+
+
+def test_the_page_says_how_many_lines_a_family_has():
+    page = (ROOT / "docs/families.md").read_text(encoding="utf-8").partition("\n## ")[0]
+    told = {name: int(lines) for files, lines in re.findall(r"\| (`\w+\.py`(?:, `\w+\.py`)*) \| ([\d, ]+) \|", page)
+            for name, lines in zip(re.findall(r"`(\w+)\.py`", files), lines.split(", "))}
+    assert told.keys() == {module for module, _ in FAMILIES.values()}
+    assert told == {name: len((ROOT / f"comfy_dancegrpo/policies/{name}.py").read_text(encoding="utf-8").splitlines()) for name in told}
