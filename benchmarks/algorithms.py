@@ -32,6 +32,7 @@ from .settings import EMBEDDED, Setting, published
 
 SHORT = {"warmup": 3, "ema_decay": 0.95}  # of runs of a few dozen optimizer steps
 _FLOW = ("embedded",)
+_ONCE = {"optimizer_steps": 1}  # reinforce has no ratio, which a second step from one rollout would need
 _FORWARD = {"eta": 0.0, "initial_noise": "independent", "estimator": BATCH_STD}  # sampled without noise in the steps
 
 
@@ -49,8 +50,8 @@ ALGORITHMS = {  # docs/algorithms.md has their papers
     "CPS": Algorithm({"transition": "cps", "eta": 0.9}, _FLOW),
     "GRPO-Guard": Algorithm({"objective": "grpo_guard", "clip_range": 7e-4}, _FLOW),  # 1e-3 times the std of a step, for its ratio's logarithm is as much larger
     "DDPO": Algorithm({"estimator": PER_PROMPT}),
-    "DPOK": Algorithm({"objective": "reinforce", "estimator": LEARNED_VALUE, "kl_weight": 0.001}),  # its published 0.01 to a reward's weight of 10
-    "RLOO": Algorithm({"objective": "reinforce", "estimator": LEAVE_ONE_OUT}),
+    "DPOK": Algorithm({"objective": "reinforce", **_ONCE, "estimator": LEARNED_VALUE, "kl_weight": 0.001}),  # its published 0.01 to a reward's weight of 10
+    "RLOO": Algorithm({"objective": "reinforce", **_ONCE, "estimator": LEAVE_ONE_OUT}),
     "rank": Algorithm({"estimator": RANK}),
     "DiffusionNFT": Algorithm({"objective": "diffusion_nft", **_FORWARD}),
     "AWM": Algorithm({"objective": "awm", "clip_range": 1.0, **_FORWARD}),
@@ -80,6 +81,7 @@ _starts: dict[tuple, dict[str, list[float]]] = {}  # the scores of this process'
 def train(job: Job) -> Made:
     """Makes a run. broke: what it ended early with, or empty; reward (trained on) and exact (which watches): what `told` says of each."""
     from comfy_dancegrpo.grpo.update import NotFinite
+    from comfy_dancegrpo.rewards.faults import RewardFault
 
     from .trial import Trial
 
@@ -92,10 +94,14 @@ def train(job: Job) -> Made:
             done = trial.calls
             try:
                 trial.iterate()
-            except NotFinite as error:  # the policy is as the last good step left it
+            except (NotFinite, RewardFault) as error:  # the policy is as the last good step left it; or its pictures are no numbers
                 broke = str(error)
             cost = trial.calls - done
-        found = {name: told(_starts[start][name], of_all.tolist()) for name, of_all in trial.scores().items()}
+        try:
+            after = {name: of_all.tolist() for name, of_all in trial.scores().items()}
+        except RewardFault as error:
+            broke, after = broke or str(error), {name: [math.nan] * len(before) for name, before in _starts[start].items()}
+        found = {name: told(_starts[start][name], of_all) for name, of_all in after.items()}
         return {"job": asdict(job), "iterations": trial.iteration, "calls": trial.calls, "seconds": trial.seconds, "broke": broke, **found}
 
 
@@ -106,8 +112,8 @@ def told(before: Sequence[float], after: Sequence[float]) -> dict[str, float]:
 
 
 def collapsed(run: Made, what: str = "reward") -> bool:
-    """Whether it ended below its start by more than the standard error, or with what is no number."""
-    return bool(run["broke"]) or not run[what]["gain"] >= -run[what]["error"]
+    """Whether it ended below its start by more than two standard errors, or with what is no number."""
+    return bool(run["broke"]) or not run[what]["gain"] >= -2 * run[what]["error"]
 
 
 # -- which runs, and making them -----------------------------------------------------------------------------------------
@@ -126,8 +132,8 @@ def reported(options: argparse.Namespace, made: Sequence[Made]) -> list[Job]:
 
 
 def best_rate(made: Iterable[Made]) -> float | None:
-    """The learning rate of the run of a search that gained the most of the trained reward, if there is one."""
-    best = max((run for run in made if run["job"]["search"]), key=lambda run: run["reward"]["gain"], default=None)
+    """The learning rate of the run of a search that gained the most of the trained reward, if there is one; of runs that all broke the first's."""
+    best = max((run for run in made if run["job"]["search"]), key=lambda run: -math.inf if run["broke"] else run["reward"]["gain"], default=None)
     return best and best["job"]["setting"]["learning_rate"]
 
 

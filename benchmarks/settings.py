@@ -36,7 +36,7 @@ MODES: dict[str, dict[str, Any]] = {  # of the embedded policies; tuned on valid
 }
 EMBEDDED: dict[str, dict[str, Any]] = {  # what the other kind of process changes in that; not tuned
     "embedded": {},
-    "embedded_diffusion": {"transition": "ddim", "eta": 1.0, "shift": 0.0, "steps": 10, "optimizer_steps": 3, "lora_targets": "all linear layers"},
+    "embedded_diffusion": {"transition": "ddim", "eta": 1.0, "shift": 0.0, "steps": 10, "lora_targets": "all linear layers"},
 }
 ITERATIONS = {"all": 60, "window": 90, "branch": 28}  # of --learning
 BACKWARD = 3  # calls that one with its backward pass counts as

@@ -82,6 +82,15 @@ def test_from_end_to_end_and_on_from_where_it_was_interrupted(algorithms, tmp_pa
     assert again[6] | {"seconds": 0} == whole[5] | {"seconds": 0}
 
 
+def test_a_run_whose_pictures_are_no_numbers_has_collapsed_and_is_not_chosen(algorithms):
+    words = [*TINY, "--algorithms", "DanceGRPO", "--policies", "embedded", "--calls", "500"]
+    (wild, *_), (tame, *_) = (algorithms.search(algorithms.parser().parse_args([*words, "--rates", rate, "1"])) for rate in ("1e30", "1e-3"))
+    broken, whole = algorithms.train(wild), algorithms.train(tame)
+    assert broken["broke"] and algorithms.collapsed(broken) and broken["iterations"] < whole["iterations"] and not whole["broke"]
+    assert algorithms.best_rate([broken, whole]) == 1e-3 and algorithms.best_rate([broken]) == 1e30
+    assert "nan" in algorithms.line(broken) and "nan" in algorithms.table([broken | {"job": broken["job"] | {"search": False}}])[2]
+
+
 def test_gains_are_paired_by_caption(algorithms):
     found = algorithms.told([0.0, 1.0, 2.0, 3.0], [0.1, 1.1, 2.3, 3.3])
     assert (found["before"], found["after"]) == (1.5, pytest.approx(1.7))
@@ -93,12 +102,12 @@ def test_the_table_tells_spread_worst_seed_and_collapses(algorithms, tmp_path):
         return {"job": {"algorithm": name, "setting": {"policy": "embedded", "learning_rate": 0.004}, "prompts": prompts, "seed": seed, "search": search},
                 "broke": broke, "reward": {"gain": gain, "error": 0.01}, "exact": {"gain": exact, "error": 0.02}}
 
-    made = [run("DDPO", 0, -0.02, 0.01), run("DDPO", 1, -0.005, -0.03), run("DDPO", 2, float("nan"), 0.0), run("DDPO", 0, 0.5, 0.5, prompts=64, broke="NaN"),
+    made = [run("DDPO", 0, -0.03, 0.01), run("DDPO", 1, -0.015, -0.05), run("DDPO", 2, float("nan"), 0.0), run("DDPO", 0, 0.5, 0.5, prompts=64, broke="NaN"),
             run("DanceGRPO", 0, 0.03, 0.02), run("DanceGRPO", 1, 0.05, 0.04), run("DanceGRPO", 9, 9.0, 9.0, search=True)]
     assert [algorithms.collapsed(found) for found in made[:5]] == [True, False, True, True, False]
     dance, ddpo, broken = algorithms.table([found for found in made if found["reward"]["gain"] == found["reward"]["gain"]])[2:]
     assert dance == "| embedded | DanceGRPO | 8 | 0.004 | 2 | +0.0400 | 0.0141 | +0.0300 | +0.0300 | 0 | 0 |"
-    assert ddpo == "| embedded | DDPO | 8 | 0.004 | 2 | -0.0125 | 0.0106 | -0.0200 | -0.0100 | 1 | 1 |"
+    assert ddpo == "| embedded | DDPO | 8 | 0.004 | 2 | -0.0225 | 0.0106 | -0.0300 | -0.0200 | 1 | 1 |"
     assert broken == "| embedded | DDPO | 64 | 0.004 | 1 | +0.5000 | - | +0.5000 | +0.5000 | 1 | 1 |"
     assert algorithms.best_rate(made) == 0.004 and algorithms.best_rate(made[:4]) is None
 
