@@ -80,8 +80,8 @@ _starts: dict[tuple, dict[str, list[float]]] = {}  # the scores of this process'
 
 def train(job: Job) -> Made:
     """Makes a run. broke: what it ended early with, or empty; reward (trained on) and exact (which watches): what `told` says of each."""
+    from comfy_dancegrpo.errors import RunError
     from comfy_dancegrpo.grpo.update import NotFinite
-    from comfy_dancegrpo.rewards.faults import RewardFault
 
     from .trial import Trial
 
@@ -94,12 +94,12 @@ def train(job: Job) -> Made:
             done = trial.calls
             try:
                 trial.iterate()
-            except (NotFinite, RewardFault) as error:  # the policy is as the last good step left it; or its pictures are no numbers
+            except (NotFinite, RunError) as error:  # the policy is as the last good step left it; or its pictures are no numbers
                 broke = str(error)
             cost = trial.calls - done
         try:
             after = {name: of_all.tolist() for name, of_all in trial.scores().items()}
-        except RewardFault as error:
+        except RunError as error:
             broke, after = broke or str(error), {name: [math.nan] * len(before) for name, before in _starts[start].items()}
         found = {name: told(_starts[start][name], of_all) for name, of_all in after.items()}
         return {"job": asdict(job), "iterations": trial.iteration, "calls": trial.calls, "seconds": trial.seconds, "broke": broke, **found}
@@ -108,7 +108,12 @@ def train(job: Job) -> Made:
 def told(before: Sequence[float], after: Sequence[float]) -> dict[str, float]:
     """Of the scores of the captions: means before and after, the gain, and its standard error (of the difference, paired by caption)."""
     difference = [b - a for a, b in zip(before, after, strict=True)]
-    return {"before": mean(before), "after": mean(after), "gain": mean(difference), "error": stdev(difference) / math.sqrt(len(difference))}
+    return {"before": mean(before), "after": mean(after), "gain": mean(difference), "error": spread(difference) / math.sqrt(len(difference))}
+
+
+def spread(values: Sequence[float]) -> float:
+    """Their standard deviation; NaN of what are not all numbers."""
+    return stdev(values) if all(map(math.isfinite, values)) else math.nan
 
 
 def collapsed(run: Made, what: str = "reward") -> bool:
@@ -174,9 +179,9 @@ def table(made: Sequence[Made]) -> list[str]:
             "|---|---|---|---|---|---|---|---|---|---|---|"]
     for (policy, name, prompts), runs in grouped(made).items():
         gains, count = [run["reward"]["gain"] for run in runs], len(runs)
-        spread = f"{stdev(gains):.4f}" if count > 1 else "-"
+        of_seeds = f"{spread(gains):.4f}" if count > 1 else "-"
         rates = ", ".join(f"{rate:g}" for rate in sorted({run["job"]["setting"]["learning_rate"] for run in runs}))
-        rows.append(f"| {policy} | {name} | {prompts} | {rates} | {count} | {mean(gains):+.4f} | {spread} | {min(gains):+.4f} | "
+        rows.append(f"| {policy} | {name} | {prompts} | {rates} | {count} | {mean(gains):+.4f} | {of_seeds} | {min(gains):+.4f} | "
                     f"{mean(run['exact']['gain'] for run in runs):+.4f} | {sum(map(collapsed, runs))} | {sum(collapsed(run, 'exact') for run in runs)} |")
     return rows
 

@@ -94,6 +94,15 @@ def test_what_is_no_number_is_named_with_its_prompt(value, shown):
     assert str(error.value) == f"reward 'mine': found {shown} for the prompt 'second'; accepted: finite numbers (2 tries)"
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_picture_of_no_numbers_is_not_scored_as_a_black_one(value):
+    pictures = PICTURES[:2].clone()
+    pictures[1, 3, 4, 0] = value
+    with pytest.raises(RunError) as error:
+        rewards.load("jpeg_size")(pictures, ["first", "second"])
+    assert str(error.value).startswith("reward 'jpeg_size': found a picture with NaN or infinite values for the prompt 'second'; accepted: finite numbers")
+
+
 @pytest.mark.parametrize("values", [(), (0.5,), (0.5, 0.5, 0.5)])
 def test_a_wrong_count(values):
     with pytest.raises(RunError) as error:

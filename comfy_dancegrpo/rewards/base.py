@@ -247,6 +247,10 @@ class Reward:
 
         values = None
         try:
+            bad = next((i for i, picture in enumerate(pictures) if not bool(picture.isfinite().all())), None)
+            if bad is not None:  # in 8 bits it would be black, and have a score
+                raise RewardFault(f"found a picture with NaN or infinite values for the prompt {str(prompts[bad])!r}; accepted: finite numbers "
+                                  "(the policy has run away, or its VAE overflows in float16)")
             with torch.no_grad():
                 values = torch.as_tensor(self.loaded(pictures, prompts)).detach().float().cpu().reshape(-1)
             if len(values) != len(prompts):
