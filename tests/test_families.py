@@ -59,8 +59,8 @@ def policy(case, folder):
 
 @pytest.fixture
 def pipeline(case, policy, folder):
-    processors = {name: part for name, part in policy.pipeline.components.items() if name == "processor"}  # diffusers' own want torchvision
-    loaded = policy.pipeline_class.from_pretrained(folder / "diffusers" / case.name, torch_dtype=torch.float32, **processors)
+    given = {name: part for name, part in policy.pipeline.components.items() if name == "processor" or part is None}  # diffusers' own processors want torchvision
+    loaded = policy.pipeline_class.from_pretrained(folder / "diffusers" / case.name, torch_dtype=torch.float32, **given)
     loaded.set_progress_bar_config(disable=True)
     return loaded
 

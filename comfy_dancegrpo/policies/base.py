@@ -32,7 +32,8 @@ class Policy(abc.ABC):
     the prompt (and not an input of the model), with `negative_text`. lora_targets: choices of modules that take a LoRA, by name, as
     regular expressions. lora_layout: the key names of its LoRA files, one of `lora.layouts`. load_options: more for the pipeline's `from_pretrained`.
     diffusers_from: the first version that calls its model as we do. needs_picture: whether every prompt must have one.
-    context_parallel: whether its tokens may be spread over processes (`context`), which diffusers must have a plan for.
+    context_parallel: whether its tokens may be spread over processes (`context`), which diffusers must have a plan for. may_lack: components that
+    its pipeline draws without, though it does not say so itself.
     """
 
     process = "flow"
@@ -45,6 +46,7 @@ class Policy(abc.ABC):
     diffusers_from = "0.35"
     needs_picture = False
     context_parallel = False
+    may_lack: tuple[str, ...] = ()
     sources: tuple[Path, ...] = ()  # the folders and files that it was loaded from
     prompt_cache = "memory"
     quantized = "none"  # how the denoisers are, one of quantization.KINDS
@@ -64,7 +66,8 @@ class Policy(abc.ABC):
         """From a diffusers folder; safetensors only, nothing is downloaded. components: take the place of the folder's own."""
         with processes.outside_inference_mode():
             torch_dtype = getattr(torch, dtype)
-            options = cls.load_options | embedded.shared(folder, torch_dtype) | components
+            without = dict.fromkeys(set(cls.may_lack) - set(places.components(folder)))
+            options = cls.load_options | without | embedded.shared(folder, torch_dtype) | components
             pipeline = from_folder(cls.pipeline_class, folder, torch_dtype, variant=places.variant(folder, options), **options)
             pipeline.set_progress_bar_config(disable=True)
             policy = cls(name, pipeline, torch_dtype)

@@ -20,6 +20,7 @@ _MODULATION = r"(norm1|norm1_context)\.linear"
 class StableDiffusion3(Policy):
     pipeline_class = StableDiffusion3Pipeline
     classifier_free = True
+    may_lack = ("text_encoder_3", "tokenizer_3")
     lora_targets = {
         "attention": f"{_BLOCKS}{_ATTENTION}",
         "attention and feed-forward": f"{_BLOCKS}({_ATTENTION}|{_FEED_FORWARD})",
@@ -32,7 +33,8 @@ class StableDiffusion3(Policy):
         return {"embeds": embeds, "pooled": pooled}
 
     def pipeline_options(self) -> dict:
-        return {"max_sequence_length": min(self.pipeline.tokenizer_3.model_max_length, 256)}  # the pipeline's, where the tokenizer has no less
+        tokenizer = self.pipeline.tokenizer_3  # None of a folder without T5: the pipeline has zeros for its embeddings
+        return {} if tokenizer is None else {"max_sequence_length": min(tokenizer.model_max_length, 256)}  # the pipeline's, where the tokenizer has no less
 
     def own_schedule(self, steps: int, size: Size):
         scheduler = type(self.pipeline.scheduler).from_config(self.pipeline.scheduler.config)

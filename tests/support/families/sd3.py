@@ -6,7 +6,6 @@ import tiny
 from . import Case, draw
 
 
-
 def parts(scheduler, **transformer) -> StableDiffusion3Pipeline:
     denoiser = tiny.seeded(
         SD3Transformer2DModel, sample_size=16, patch_size=2, in_channels=8, out_channels=8, num_layers=2, attention_head_dim=16,
@@ -29,9 +28,17 @@ def sd35():
                  qk_norm="rms_norm", dual_attention_layers=(0,))
 
 
+def sd3_without_t5():
+    """As it is saved to need less memory."""
+    pipeline = sd3()
+    pipeline.register_modules(text_encoder_3=None, tokenizer_3=None)
+    return pipeline
+
+
 def drawn(pipeline, asked):
     return draw(pipeline, asked, max_sequence_length=16)  # the tokenizer's
 
 
 CASES = [Case("sd3", sd3, "sd3", draw=drawn),
+         Case("sd3-without-t5", sd3_without_t5, "sd3"),
          Case("sd3.5", sd35, "sd3", draw=drawn, odd=Size(64, 200))]  # larger than its table of positions, 24 patches of 8 pixels
