@@ -9,6 +9,7 @@ from comfy_dancegrpo import policies
 from comfy_dancegrpo.errors import RunError
 from comfy_dancegrpo.grpo.protocol import SamplingPlan, Size
 from comfy_dancegrpo.lora.adapter import Adapter, LoraSettings, LoraSnapshot, applied
+from comfy_dancegrpo.lora.full import FullSettings
 from comfy_dancegrpo.prompts import PromptList
 from comfy_dancegrpo.runs.prompt_cache import encode
 from comfy_dancegrpo.runs.session import LoopSettings, Session
@@ -101,6 +102,22 @@ def test_a_run_takes_it_and_its_rank_and_comes_off_whole(policy, snapshot, tmp_p
         kept = session.snapshot().settings
         assert (kept.rank, kept.alpha) == (4, 4.0)  # as strong for its rank as was asked
     assert torch.equal(velocity(policy), before) and not policy.denoiser.is_gradient_checkpointing
+
+
+@pytest.mark.parametrize("lora", [LoraSettings(6, 2.0, "attention"), FullSettings()], ids=["LoRA", "all weights"])
+def test_kl_is_to_the_policy_that_it_begins_as(policy, snapshot, tmp_path, lora):
+    settings = LoopSettings(iterations=1, lora=lora, start_from=snapshot)
+    with use(Host(output=tmp_path)), Session(policy, PromptList(PROMPTS), settings, "fingerprint") as session:
+        begun = velocity(policy)
+        with torch.no_grad():
+            for p in session.trained.parameters.values():
+                p.add_(0.01)
+        session.trained.written()
+        moved = velocity(policy)
+        with session.live.learner.reference():
+            assert (velocity(policy) - begun).abs().max() < 1e-5
+        assert torch.equal(velocity(policy), moved) and (moved - begun).abs().max() > 1e-3
+        assert all(p.requires_grad for p in session.trained.parameters.values())
 
 
 def test_its_digest_tells_contents_and_strengths_apart(snapshot):

@@ -57,7 +57,8 @@ def test_replay_brings_each_micro_batch_to_the_device_that_computes(transition, 
     process = updating._process(advantages, dataclasses.replace(SETTINGS, **more))
     served = by_input(process.rollout, pairs)
     with torch.enable_grad():
-        found = list(updating._accumulate(learner, process, pairs, served, 5, calls, moved=False))
+        references = [output for _, output in updating._outputs(learner, process, pairs, served, 5, calls)] if "kl_weight" in more else []
+        found = list(updating._accumulate(learner, process, pairs, served, 5, calls, references, moved=False))
     assert len(served) == (18 if process.objective.forward else 2 + 6 * 2) and calls.backward == 20 and calls.forward == (20 if "kl_weight" in more else 0)
     assert len(found) == 5 and policy.weight.grad.device.type == "meta"
     with pytest.raises(RuntimeError, match="device"):

@@ -105,10 +105,17 @@ def update(learner: Learner, advantages: Advantages, settings: UpdateSettings,
     learner.zero_grad()  # of an update that was interrupted
     with torch.inference_mode(False), torch.enable_grad():
         for k in range(1, len(own) if objective.forward else 0):
-            for _ in _remember(learner, process, parts[k], own[k], micro_batches_of[k], calls):
+            for pairs, output in _outputs(learner, process, parts[k], own[k], micro_batches_of[k], calls):
+                process.remember(pairs, output)
                 tick(0, total)
         for k, served in enumerate(own):
-            for of_call in _accumulate(learner, process, parts[k], served, micro_batches_of[k], calls, k > 0):
+            references = []
+            if settings.kl_weight:  # of all its calls, since it may take a move of all weights; and before those whose weights a backward pass needs
+                with learner.reference():
+                    for _, output in _outputs(learner, process, parts[k], served, micro_batches_of[k], calls):
+                        references.append(output.cpu())
+                        tick(done, total)
+            for of_call in _accumulate(learner, process, parts[k], served, micro_batches_of[k], calls, references, k > 0):
                 seen[k].append(of_call)
                 done += len(of_call.losses)
                 tick(done, total)
@@ -194,28 +201,24 @@ def _micro_batches(pairs: Pairs, share: list[Pair], served: list[list[Pair]], ca
 
 
 @torch.no_grad()
-def _remember(learner: Learner, pairs: Forward, share: list[Pair], served: list[list[Pair]], calls_of_all: int, calls: CallCount) -> Iterator[None]:
-    """What the policy says before the first optimizer step of the pairs of a later one, call by call."""
+def _outputs(learner: Learner, pairs: Pairs, share: list[Pair], served: list[list[Pair]], calls_of_all: int,
+             calls: CallCount) -> Iterator[tuple[list[Pair], Tensor]]:
+    """What the policy says now, without gradient: of each denoiser call of `_micro_batches` its real inputs, and the output of all."""
     for inputs, real, _ in _micro_batches(pairs, share, served, calls_of_all):
-        output, _ = pairs.predict(learner.policy, pairs.given(inputs), calls, real)
-        pairs.remember(inputs[:real], output)
-        yield
+        yield inputs[:real], pairs.predict(learner.policy, pairs.given(inputs), calls, real)[0]
 
 
 def _accumulate(learner: Learner, pairs: Pairs, share: list[Pair], served: list[list[Pair]], calls_of_all: int, calls: CallCount,
-                moved: bool) -> Iterator[Seen]:
+                references: list[Tensor], moved: bool) -> Iterator[Seen]:
     """Adds this process's part of the gradient of the mean loss over `share`; yields what was seen of the pairs served, by micro-batch.
 
-    The rest as of `_micro_batches`. moved: whether the policy has moved since the rollout, so that a clip may hold.
+    The rest as of `_micro_batches`. references: of each call what the reference policy says, or none at all. moved: whether the policy has moved since
+    the rollout, so that a clip may hold.
     """
-    for inputs, real, of_call in _micro_batches(pairs, share, served, calls_of_all):
-        given, reference = pairs.given(inputs), None
-        if pairs.settings.kl_weight:
-            with learner.reference(), torch.no_grad():  # before the call with gradient, whose weights must stay as they are until its backward pass
-                reference, _ = pairs.predict(learner.policy, given, calls, real)
-        output, rest = pairs.predict(learner.policy, given, calls, real)
+    for k, (inputs, real, of_call) in enumerate(_micro_batches(pairs, share, served, calls_of_all)):
+        output, rest = pairs.predict(learner.policy, pairs.given(inputs), calls, real)
         leaf = output.detach().requires_grad_()
-        loss, seen = pairs.losses(leaf, rest, reference, of_call)
+        loss, seen = pairs.losses(leaf, rest, references[k].to(output.device) if references else None, of_call)
         gradient, = torch.autograd.grad(loss / len(share), leaf)
         if moved and not processes.sharded() and not bool(gradient.any()):  # the clip has silenced all of them
             calls.spared(len(inputs))

@@ -7,6 +7,7 @@ import functools
 import os
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from ..grpo.learner import Learner, OptimizerSettings
 from ..grpo.schedules import FALLING, problem
 from ..grpo.update import UpdateStats
 from ..lora import files
-from ..lora.adapter import LoraSettings, LoraSnapshot, bare
+from ..lora.adapter import LoraSettings, LoraSnapshot, applied, bare
 from ..lora.full import FullSettings, FullSnapshot
 from ..policies.base import Policy
 from ..prompts import PromptList
@@ -99,8 +100,8 @@ class Session:
                 self.trained.start_from(settings.start_from)
             undo.callback(self.policy.checkpoint_gradients, False)
             self.policy.checkpoint_gradients(settings.gradient_checkpointing)
-            learner = Learner(self.policy, self.trained.parameters, settings.optimizer, self.folder.name, self.trained.written,
-                              functools.partial(bare, self.policy))
+            learner = Learner(self.policy, self.trained.parameters, settings.optimizer, self.folder.name, self.trained.written)
+            learner.reference = self._before_training(learner)
             if self.action == "start":
                 processes.on_first(lambda: self.folder.create(self._fingerprint, settings.micro_batch))
             self.watch = WatchLog(self.folder, self._rule)
@@ -122,6 +123,15 @@ class Session:
                 host().say(line)
             undo.pop_all()
         return self
+
+    def _before_training(self, learner: Learner) -> Callable[[], contextlib.AbstractContextManager]:
+        """The learner's reference: the base, or what the training starts from."""
+        start = self.settings.start_from
+        if start is None:
+            return functools.partial(bare, self.policy)
+        if self.policy.full is not None:
+            return functools.partial(applied, self.policy, start)
+        return functools.partial(learner.holding, {name: p.detach().clone() for name, p in learner.parameters.items()})
 
     def _claim(self) -> tuple[RunFolder, str, int]:
         s = self.settings
