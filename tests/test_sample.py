@@ -1,7 +1,9 @@
 """Drawing with the tuned policy: the Sample node and `dancegrpo sample`, against diffusers' own pipeline."""
 
 import dataclasses
+import shutil
 
+import native
 import numpy as np
 import pytest
 import torch
@@ -11,12 +13,16 @@ from comfy_dancegrpo.errors import WorkflowError
 from comfy_dancegrpo.grpo.noise import generator
 from comfy_dancegrpo.lora import files
 from comfy_dancegrpo.lora.adapter import Adapter, LoraSettings, LoraSnapshot
+from comfy_dancegrpo.nodes.load_policy import LoadPolicy
 from comfy_dancegrpo.nodes.sample import Sample
 from comfy_dancegrpo.prompts import PromptList
+from comfy_dancegrpo.runs import video
 from comfy_dancegrpo.trainer.drawing import Wanted, draw_and_save
 from comfy_dancegrpo.workflow.host import Host, use
 from diffusers import FluxPipeline
+from families import wan
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 PROMPTS = ("a large red circle in the center on a white background", "a small blue star at the top left on a black background")
 STEPS = 2
@@ -77,11 +83,64 @@ def test_the_command_draws_with_a_file(cli, lora, tmp_path):
     assert not set(again.out) & set(done.out)  # nothing is overwritten
 
 
+def test_the_command_writes_a_video_file_for_each_sample(cli, tmp_path):
+    models = tmp_path / "models"
+    wan.wan21().save_pretrained(models / "diffusers" / "wan")
+    done = cli("sample", "--policy", "wan", "--models", models, "--prompt", PROMPTS[0], "--prompt", PROMPTS[1], "--count", 2, "--seed", 5, "--steps", STEPS,
+               "--guidance-scale", 5, "--frames", 5, "--width", 48, "--height", 32, "--fps", 24, "--output", tmp_path)
+    assert done.status == 0 and done.out == [str(tmp_path / "samples" / f"sample_{n:05d}_.mp4") for n in (1, 2, 3, 4)], done.err
+    assert not list(tmp_path.rglob("*.png"))
+    with use(Host(models=models)):
+        (policy,) = LoadPolicy().load("wan", "float32")
+        (expected,) = Sample().sample(policy, PromptList(PROMPTS), STEPS, 5.0, 48, 32, 5, 5, 2)
+    for path, sample in zip(done.out, expected, strict=True):
+        frames, fps = video.read(path)
+        assert frames.shape == (5, 32, 48, 3) and fps == 24.0
+        video.write(sample, tmp_path / "own.mp4", 24.0)
+        assert (frames - video.read(tmp_path / "own.mp4")[0]).abs().mean() < 1e-3
+    assert (expected[0] - expected[1]).abs().mean() > 0.01  # so that one in another's place is seen
+
+
+@pytest.fixture
+def in_parts(tmp_path):
+    """A models folder: the embedded policy's denoiser, VAE and text encoders as files, and a diffusers folder without any weights."""
+    models = tmp_path / "models"
+    shutil.copytree(POLICY, models / "diffusers" / "rest", ignore=shutil.ignore_patterns("*.safetensors"))
+    for kind in ("diffusion_models", "vae", "text_encoders"):
+        (models / kind).mkdir()
+    shutil.copy(POLICY / "transformer" / "diffusion_pytorch_model.safetensors", models / "diffusion_models" / "flux.safetensors")
+    save_file(native.vae(load_file(POLICY / "vae" / "diffusion_pytorch_model.safetensors")), models / "vae" / "ae.safetensors")
+    for component, name in (("text_encoder", "clip"), ("text_encoder_2", "t5")):
+        shutil.copy(POLICY / component / "model.safetensors", models / "text_encoders" / f"{name}.safetensors")
+    return models
+
+
+def test_the_command_draws_with_a_policy_in_parts(cli, in_parts, lora, tmp_path):
+    words = ("sample", "--policy", "flux.safetensors", "--models", in_parts, "--text-encoder", "clip.safetensors", "--text-encoder-2", "t5.safetensors",
+             "--lora", lora, "--prompt", PROMPTS[0], "--prompt", PROMPTS[1], "--steps", STEPS, "--seed", 5, "--count", 2, "--output", tmp_path)
+    lacks = cli(*words)
+    file = in_parts / "diffusion_models" / "flux.safetensors"
+    assert lacks.status == 3 and len(lacks.verdict) == 1 and lacks.verdict[0].startswith(f"--policy: {file} holds no vae, and ")
+    assert lacks.verdict[0].endswith("; accepted: a file at --vae, or those weights")
+    done = cli(*words, "--vae", "ae.safetensors", "--components", "rest")
+    assert done.status == 0, done.err
+    np.testing.assert_allclose(np.stack([np.asarray(Image.open(path)) for path in done.out]), (expected(lora) * 255).round(), atol=1)
+
+
+def test_every_part_of_load_policy_is_an_option_of_the_command(cli, tmp_path):
+    named = [name for name in LoadPolicy.INPUT_TYPES()["optional"] if name not in ("prompt_cache", "attention_backend", "compile")]
+    for name in named:
+        option = "--" + name.replace("_", "-")
+        done = cli("sample", option, 1.5, "--prompt", "x", "--output", tmp_path)
+        assert done.status in (2, 3) and len(done.verdict) == 1 and done.verdict[0].startswith(f"{option}: found "), done.err
+
+
 @pytest.mark.parametrize("words, line", [
     ((), "found no prompt, accepted: --prompt TEXT or --prompts FILE"),
     (("--prompt", "x", "--policy", "nowhere"), "which is in none of the folders searched"),
     (("--prompt", "x", "--lora", "nowhere.safetensors"), "--lora: found nowhere.safetensors, which is not a file"),
     (("--prompt", "x", "--width", "60"), "found 60x64 pixels, accepted: multiples of 8"),
+    (("--prompt", "x", "--dtype", "int"), "--dtype: found 'int', accepted: float32, bfloat16, float16"),
 ])
 def test_what_cannot_be_drawn(cli, words, line, tmp_path):
     done = cli("sample", *words, "--output", tmp_path)

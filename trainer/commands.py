@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import errno
 import importlib.util
+import inspect
 import json
 import sys
 import traceback
 from collections.abc import Callable, Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Optional
 
@@ -16,6 +18,9 @@ import typer
 
 from comfy_dancegrpo import __version__, processes
 from comfy_dancegrpo.errors import DanceGRPOError, Interrupted, WorkflowError
+from comfy_dancegrpo.policies import DTYPES
+from comfy_dancegrpo.policies.places import Parts
+from comfy_dancegrpo.policies.quantization import KINDS, NONE
 
 HANG_TIMEOUT = 3600.0
 
@@ -151,19 +156,37 @@ def edit(workflow: Annotated[Optional[Path], typer.Argument(help="Opened as a co
         serve(Options(output, input, models, extra_model_paths, comfyui), workflow, listen, port, token or None)
 
 
+def _with_parts(command: Callable) -> Callable:
+    """The command with an option for each of the parts that Load Policy takes after --policy, in place of `**parts`."""
+    options = [inspect.Parameter(part.name, inspect.Parameter.KEYWORD_ONLY, default=part.default, annotation=Annotated[str, typer.Option(
+        metavar="NAME", show_default=False, help="Of a single file: the diffusers folder with all that no file gives, as Load Policy names it."
+        if part.name == "components" else f"A file in place of the policy's {part.name}, as Load Policy names it.")]) for part in fields(Parts)]
+    signature = inspect.signature(command, eval_str=True)
+    parameters = []
+    for parameter in signature.parameters.values():
+        if parameter.kind is not inspect.Parameter.VAR_KEYWORD:
+            parameters += [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY), *(options if parameter.name == "policy" else ())]
+    command.__signature__ = signature.replace(parameters=parameters)
+    return command
+
+
 @app.command()
+@_with_parts
 def sample(prompt: Annotated[Optional[list[str]], typer.Option(help="What to draw. Repeatable.", show_default=False)] = None,
            prompts: Annotated[str, typer.Option(metavar="FILE", help="A .txt, .jsonl or .csv file in the input folder.", show_default=False)] = "",
            policy: Annotated[str, typer.Option(help="As Load Policy names it.")] = "embedded",
            lora: Annotated[Optional[Path], typer.Option(metavar="FILE", help="A LoRA that a run saved.", show_default=False)] = None,
            width: Annotated[int, typer.Option(min=16)] = 64, height: Annotated[int, typer.Option(min=16)] = 64,
            frames: Annotated[int, typer.Option(min=1, help="Of a video; 1 draws pictures.")] = 1,
+           fps: Annotated[float, typer.Option(min=0.1, max=240.0, help="Frames a second of a video's file.")] = 16.0,
            steps: Annotated[int, typer.Option(min=1)] = 28, guidance_scale: Annotated[float, typer.Option(min=0.0)] = 3.5,
            seed: Annotated[int, typer.Option(min=0)] = 0, count: Annotated[int, typer.Option(min=1, help="Samples of each prompt.")] = 1,
            guidance_scale_2: Annotated[float, typer.Option(min=0.0, help="Of Wan 2.2 A14B's expert of low noise; 0 takes the other's.")] = 0.0,
-           dtype: str = "float32", output: Output = Path("output"), models: Models = None, extra_model_paths: ExtraModelPaths = None,
-           input: Input = None, debug: Debug = False) -> None:
-    """Draws with a policy, and with a LoRA, by the model's own pipeline."""
+           dtype: Annotated[str, typer.Option(help=f"Of the frozen weights: {', '.join(DTYPES)}.")] = "float32",
+           quantization: Annotated[str, typer.Option(help=f"Of the denoiser's frozen weights: {', '.join(KINDS)}.")] = NONE,
+           output: Output = Path("output"), models: Models = None, extra_model_paths: ExtraModelPaths = None,
+           input: Input = None, debug: Debug = False, **parts: str) -> None:
+    """Draws with a policy, and with a LoRA, by the model's own pipeline: pictures as .png, videos as .mp4."""
     with _reported(debug):
         from comfy_dancegrpo.workflow.host import use
 
@@ -172,9 +195,8 @@ def sample(prompt: Annotated[Optional[list[str]], typer.Option(help="What to dra
 
         host, _ = make_host(Options(output, input, models, extra_model_paths))
         with use(host):
-            for path in draw_and_save(Wanted(tuple(prompt or ()), prompts, policy, lora, width, height, frames, steps, guidance_scale,
-                                             seed, count, dtype, guidance_scale_2)):
-                print(host.output_folder / path)
+            print(*draw_and_save(Wanted(tuple(prompt or ()), prompts, policy, lora, width, height, frames, steps, guidance_scale,
+                                        seed, count, dtype, guidance_scale_2, Parts(**parts), quantization, fps)), sep="\n")
 
 
 @app.command()
