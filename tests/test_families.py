@@ -103,11 +103,12 @@ def attached(case, policy):
         adapter.remove()
 
 
-def test_without_noise_the_picture_is_the_pipelines(case, policy, pipeline):
+def test_without_noise_the_picture_is_the_pipelines(case, policy, pipeline, record_property):
     expected, found = theirs(case, policy, pipeline), roll(case, policy).pictures
     frames = (case.size.frames,) if case.size.frames > 1 else ()
     assert found.shape == (len(case.prompts), *frames, case.size.height, case.size.width, 3) and found.dtype == torch.float32
-    assert np.abs(expected - found.numpy()).max() < 1e-5
+    record_property("found", apart := float(np.abs(expected - found.numpy()).max()))
+    assert apart < 1e-5
     assert np.ptp(expected) > 0.02 and np.abs(expected[0] - expected[1]).max() > 1e-3
 
 
@@ -115,27 +116,30 @@ def test_pictures_are_decoded_whole(policy):
     assert not policy.pipeline.vae.use_tiling  # its seams mislead rewards
 
 
-def test_guidance_is_the_pipelines(case, policy, pipeline):
+def test_guidance_is_the_pipelines(case, policy, pipeline, record_property):
     other = roll(case, policy, guidance=2.5).pictures.numpy()
-    assert np.abs(theirs(case, policy, pipeline, guidance=2.5) - other).max() < 1e-5
+    record_property("found", apart := float(np.abs(theirs(case, policy, pipeline, guidance=2.5) - other).max()))
+    assert apart < 1e-5
     assert (np.abs(other - roll(case, policy).pictures.numpy()).max() > 1e-5) == case.guidance_matters
 
 
-def test_a_stochastic_transition_without_noise_is_the_deterministic_one(case, policy):
-    assert (roll(case, policy, transition=case.transition).pictures - roll(case, policy).pictures).abs().max() < 1e-5
+def test_a_stochastic_transition_without_noise_is_the_deterministic_one(case, policy, record_property):
+    record_property("found", apart := (roll(case, policy, transition=case.transition).pictures - roll(case, policy).pictures).abs().max().item())
+    assert apart < 1e-5
 
 
 @pytest.mark.parametrize("micro_batch", [8, 4])  # at others a row may be rounded by where in the batch it is: wan-2.1-i2v, by up to 3e-6 of a velocity at 2, 3 and 5
-def test_replay_gives_the_ratio_one_exactly(case, policy, micro_batch, one_thread):
+def test_replay_gives_the_ratio_one_exactly(case, policy, micro_batch, one_thread, record_property):
     with attached(case, policy) as adapter:
         learner = Learner(policy, adapter.parameters, OptimizerSettings(), "run")
         rollout = roll(case, policy, case.transition, eta=0.7, group_size=2, micro_batch=micro_batch, version=learner.version)
         scores = Scores(rollout, (Column("toy", 1.0, torch.arange(float(rollout.size))),))
         stats = update(learner, combine(scores), UpdateSettings(train_fraction=1.0))
+    record_property("found", stats.ratio_deviation)
     assert stats.ratio_deviation == 0.0 and stats.grad_norm > 0
 
 
-def test_the_gradient_is_that_of_finite_differences(case, policy):
+def test_the_gradient_is_that_of_finite_differences(case, policy, record_property):
     """Of the log-probability of two transitions, along the gradient, in float64 where the model's own code allows it."""
     conditioning = encode(policy, case.prompts, case.size)
     doubles = type(conditioning)({n: v.double() if v.is_floating_point() else v for n, v in conditioning.tensors.items()})
@@ -176,10 +180,11 @@ def test_the_gradient_is_that_of_finite_differences(case, policy):
             policy.dtype = dtype
             for module, former in before.items():
                 module.to(former)
+    record_property("found", abs(slope / norm.item() - 1))
     assert norm > 0 and slope == pytest.approx(norm.item(), rel=1e-3)
 
 
-def test_diffusers_loads_the_lora_whole_and_at_full_strength(case, policy, pipeline, tmp_path):
+def test_diffusers_loads_the_lora_whole_and_at_full_strength(case, policy, pipeline, tmp_path, record_property):
     if case.for_lora:
         case, pipeline = case.for_lora, case.for_lora.build()
         pipeline.set_progress_bar_config(disable=True)
@@ -194,7 +199,8 @@ def test_diffusers_loads_the_lora_whole_and_at_full_strength(case, policy, pipel
         case.load_lora(pipeline, paths)
     assert said == []
     after = theirs(case, policy, pipeline)
-    assert np.abs(after - ours).max() < 1e-5 and np.abs(after - before).max() > 1e-3
+    record_property("found", apart := float(np.abs(after - ours).max()))
+    assert apart < 1e-5 and np.abs(after - before).max() > 1e-3
     keys = [key for path in paths for key in load_file(path)]
     assert case.unknown_to_comfyui(keys) == []
     assert not any(key.endswith(".alpha") for key in keys)
