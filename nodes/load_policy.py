@@ -8,7 +8,7 @@ from comfy_dancegrpo.policies.quantization import problem as quantization_proble
 from . import wires
 
 OWN = "from the policy"
-PARTS = ("vae", "text_encoder", "text_encoder_2", "text_encoder_3", "components")
+PARTS = ("vae", "text_encoder", "text_encoder_2", "text_encoder_3", "components", "transformer_2", "image_encoder")
 
 
 class LoadPolicy:
@@ -44,11 +44,16 @@ class LoadPolicy:
                                               "flash, _flash_3 and xformers come in packages of their own, and want a GPU and a half precision."),
             "compile": ("BOOLEAN", {"default": False, "tooltip": "torch.compile of the blocks that the denoiser repeats: faster calls on a GPU, "
                                                                 "and a wait at the first ones. It belongs to the run, since compiled kernels round otherwise."}),
+            "transformer_2": wires.choice([OWN, *places.single_files(*places.FILES["transformer_2"])], "A file in place of the policy's second expert: that of low "
+                                          "noise in Wan 2.2 A14B, whose expert of high noise is then the file at policy."),
+            "image_encoder": wires.choice([OWN, *places.single_files(*places.FILES["image_encoder"])], "A CLIP vision file in place of the policy's image_encoder (image to video "
+                                          "with Wan 2.1)."),
         }}
 
     @classmethod
-    def VALIDATE_INPUTS(cls, policy, vae=OWN, text_encoder=OWN, text_encoder_2=OWN, text_encoder_3=OWN, components=OWN, quantization=NONE):
-        given = dict(zip(PARTS, (vae, text_encoder, text_encoder_2, text_encoder_3, components)))
+    def VALIDATE_INPUTS(cls, policy, vae=OWN, text_encoder=OWN, text_encoder_2=OWN, text_encoder_3=OWN, components=OWN, quantization=NONE,
+                        transformer_2=OWN, image_encoder=OWN):
+        given = dict(zip(PARTS, (vae, text_encoder, text_encoder_2, text_encoder_3, components, transformer_2, image_encoder)))
         if quantization is not None and (line := quantization_problem(quantization)):
             return line
         if policy is None or None in given.values():  # they come over links
@@ -56,8 +61,9 @@ class LoadPolicy:
         return policies.problem(policy, parts_of(given)) or True
 
     def load(self, policy: str, dtype: str, vae=OWN, text_encoder=OWN, text_encoder_2=OWN, text_encoder_3=OWN, components=OWN, prompt_cache="memory",
-             guidance_scale_2: float = 0.0, quantization=NONE, attention_backend=kernels.DEFAULT, compile: bool = False):
-        given = dict(zip(PARTS, (vae, text_encoder, text_encoder_2, text_encoder_3, components)))
+             guidance_scale_2: float = 0.0, quantization=NONE, attention_backend=kernels.DEFAULT, compile: bool = False,
+             transformer_2=OWN, image_encoder=OWN):
+        given = dict(zip(PARTS, (vae, text_encoder, text_encoder_2, text_encoder_3, components, transformer_2, image_encoder)))
         return (policies.load(policy, dtype, parts_of(given), prompt_cache, guidance_scale_2, quantization,
                               attention_backend, compile),)
 

@@ -13,7 +13,7 @@ REGISTRY = {**nodes.HOST_CLASS_MAPPINGS, **nodes.NODE_CLASS_MAPPINGS}
 # never goes before an old one); nothing is renamed, reordered or removed.
 RECORDED = {
     # id: (required inputs, optional inputs, outputs by type)
-    "DanceGRPOLoadPolicy": ("policy dtype", "vae text_encoder text_encoder_2 text_encoder_3 components prompt_cache guidance_scale_2 quantization attention_backend compile", "DANCEGRPO_POLICY"),
+    "DanceGRPOLoadPolicy": ("policy dtype", "vae text_encoder text_encoder_2 text_encoder_3 components prompt_cache guidance_scale_2 quantization attention_backend compile transformer_2 image_encoder", "DANCEGRPO_POLICY"),
     "DanceGRPOPromptSet": ("text file limit", "image", "DANCEGRPO_PROMPTS"),
     "DanceGRPOLoopStart": (
         "policy prompts run_name iterations prompts_per_iteration seed learning_rate weight_decay lora_rank lora_alpha lora_targets "

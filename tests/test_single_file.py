@@ -1,21 +1,24 @@
 """Policies from the files that people have: hub ids in the cache, single files in their models' own names, separate VAEs and text encoders."""
 
 import json
+import re
 import shutil
 import socket
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import CLIPVisionModelWithProjection
 
 import native
+import tiny
 from comfy_dancegrpo import nodes, policies
 from comfy_dancegrpo.embedded import POLICY
 from comfy_dancegrpo.errors import RunError
 from comfy_dancegrpo.policies import recognise
 from comfy_dancegrpo.policies.places import Parts
 from comfy_dancegrpo.workflow.host import Host, use
-from families import ltx, qwen_image, stable_diffusion, wan, z_image
+from families import ltx, ltx2, qwen_image, stable_diffusion, wan, z_image
 
 
 @pytest.fixture(autouse=True)
@@ -175,6 +178,102 @@ def test_parts_of_another_shape_or_place_are_one_line(models):
         with pytest.raises(RunError, match=said) as found:
             policies.load("flux", parts=parts)
         assert len(str(found.value).splitlines()) == 1
+
+
+def assert_no_single_file_is_opened(monkeypatch):
+    """What is asked in validation is told by headers."""
+    monkeypatch.setattr("comfy_dancegrpo.policies.single_file.load_file", None)
+
+
+def inputs_named(line):
+    return set(re.findall(r'input "(\w+)"', line))
+
+
+LOAD_POLICY = nodes.NODE_CLASS_MAPPINGS["DanceGRPOLoadPolicy"]
+
+
+@pytest.fixture
+def a14b(models):
+    """Its two experts as files and a diffusers folder without theirs; beside it one of Wan 2.1, of the same shapes, which the first expert fits too."""
+    pipeline = wan.wan22_a14b()
+    pipeline.save_pretrained(models / "diffusers" / "wan-2.2")
+    without(models / "diffusers" / "wan-2.2", "transformer", "transformer_2")
+    wan.wan21().save_pretrained(models / "diffusers" / "wan-2.1")
+    write(native.wan(pipeline.transformer.state_dict()), models / "diffusion_models" / "wan" / "high.safetensors")
+    low = native.wan(pipeline.transformer_2.state_dict())
+    write({f"model.diffusion_model.{name}": value for name, value in low.items()}, models / "diffusion_models" / "wan" / "low.safetensors")
+    return pipeline
+
+
+def test_both_experts_come_from_a_file_each(models, a14b):
+    names = ["wan/high.safetensors", "wan/low.safetensors"]
+    assert set(names) < set(LOAD_POLICY.INPUT_TYPES()["optional"]["transformer_2"][0])
+    assert LOAD_POLICY.VALIDATE_INPUTS(names[0], transformer_2=names[1]) is True
+    (policy,) = LOAD_POLICY().load(names[0], "float32", transformer_2=names[1])
+    assert policy.sources[1].name == "wan-2.2"
+    assert_same_weights(policy, a14b)
+    assert len(policy.denoisers) == 2 and policy.boundary is not None
+    a14b.transformer.save_pretrained(models / "diffusers" / "wan-2.2" / "transformer")
+    assert "transformer_2 has no .safetensors file" in policies.problem("wan-2.2")
+    assert_same_weights(policies.load("wan-2.2", parts=Parts(transformer_2=names[1])), a14b)  # a folder takes it alike
+
+
+def test_an_expert_that_no_file_gives_is_told_before_any_is_opened(models, a14b, monkeypatch):
+    folder = models / "diffusers" / "wan-2.2"
+    shutil.rmtree(models / "diffusers" / "wan-2.1")
+    assert_no_single_file_is_opened(monkeypatch)
+    high = models / "diffusion_models" / "wan" / "high.safetensors"
+    line = LOAD_POLICY.VALIDATE_INPUTS("wan/high.safetensors")
+    assert line == (f'input "policy": {high} holds no transformer_2, and {folder / "transformer_2"} has no .safetensors file; '
+                    'accepted: a file at input "transformer_2", or those weights')
+    with pytest.raises(RunError) as found:
+        policies.load("wan/high.safetensors")
+    assert str(found.value) == line
+
+
+def test_a_second_expert_that_does_not_belong_to_the_first_is_one_line(models, a14b, monkeypatch):
+    folder = models / "diffusion_models"
+    write(native.z_image(z_image.z_image().transformer.state_dict()), folder / "z.safetensors")
+    write(native.wan(wan.transformer(num_layers=1).state_dict()), folder / "small.safetensors")
+    (folder / "short.safetensors").write_bytes((folder / "wan" / "low.safetensors").read_bytes()[:-100])
+    with pytest.raises(RunError, match=r'^input "transformer_2": found .*small.safetensors, which is not the WanTransformer3DModel of .*: it lacks \d+ of'):
+        policies.load("wan/high.safetensors", parts=Parts(transformer_2="small.safetensors"))
+    assert_no_single_file_is_opened(monkeypatch)
+    for policy, second, said in (
+            ("wan/high.safetensors", "z.safetensors", r'input "transformer_2": found .*z.safetensors, a file of ZImagePipeline, accepted: one of WanPipeline or WanI'),
+            ("wan-2.1", "wan/low.safetensors", "input \"transformer_2\": found 'low.safetensors', and the policy has no transformer_2; it has "),
+            ("embedded", "wan/low.safetensors", r'input "transformer_2": found .*low.safetensors, a file of WanPipeline or .*, accepted: one of FluxPipeline'),
+            ("wan/high.safetensors", "short.safetensors", "short.safetensors is cut short"),
+            ("wan/high.safetensors", "no.safetensors", 'input "transformer_2": found .no.safetensors., which is in none of the folders searched')):
+        line = LOAD_POLICY.VALIDATE_INPUTS(policy, transformer_2=second)
+        assert re.search(said, line) and len(line.splitlines()) == 1, line
+
+
+def test_a_clip_vision_file_is_the_image_encoder(models, monkeypatch):
+    """In the names of transformers' CLIP vision models with a projection, as ComfyUI's clip_vision files are."""
+    pipeline = wan.wan21_i2v()
+    pipeline.save_pretrained(models / "diffusers" / "rest")
+    without(models / "diffusers" / "rest", "transformer", "image_encoder")
+    write(native.wan(pipeline.transformer.state_dict()), models / "diffusion_models" / "i2v.safetensors")
+    config = pipeline.image_encoder.config
+    config.projection_dim = 8
+    vision = tiny.seeded(CLIPVisionModelWithProjection, config, seed=7)
+    vision.save_pretrained(models / "vision")
+    (models / "clip_vision").mkdir()
+    shutil.move(models / "vision" / "model.safetensors", models / "clip_vision" / "clip_vision_h.safetensors")
+    assert "vision_model.embeddings.patch_embedding.weight" in load_file(models / "clip_vision" / "clip_vision_h.safetensors")
+    with monkeypatch.context() as patched:
+        assert_no_single_file_is_opened(patched)
+        line = policies.problem("i2v.safetensors")
+        assert inputs_named(line) == {"policy", "image_encoder"} and "holds no image_encoder, and" in line
+    assert LOAD_POLICY.VALIDATE_INPUTS("i2v.safetensors", image_encoder="clip_vision_h.safetensors") is True
+    (policy,) = LOAD_POLICY().load("i2v.safetensors", "float32", image_encoder="clip_vision_h.safetensors")
+    pixels = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        found, expected = (model(pixels, output_hidden_states=True).hidden_states[-2] for model in (policy.pipeline.image_encoder, vision))
+    assert torch.equal(found, expected)
+    assert models / "clip_vision" / "clip_vision_h.safetensors" in policy.sources  # by which kept encodings of prompts are told apart
+    assert "and the policy has no image_encoder; it has" in policies.problem("embedded", Parts(image_encoder="clip_vision_h.safetensors"))
 
 
 # -- bad files ----------------------------------------------------------------------------------------------------------------

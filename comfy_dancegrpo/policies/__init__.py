@@ -50,13 +50,15 @@ def problem(name: str, parts: Parts = Parts()) -> str | None:
     """Why `load(name)` would fail, in one line, as far as it is found without loading anything; None where nothing is."""
     try:
         path, given = find(name), parts.files()
-        resolve(path, parts)
-        for component in places.components(path) if path.is_dir() and path not in EMBEDDED.values() else ():
-            if component not in given and (missing := places.weights_missing(path, component)):
-                return f'input "policy": found {path}, and {missing}'
+        _, folders = resolve(path, parts)
+        for file in given.values():
+            headers.read(file)
+        if path in EMBEDDED.values():  # one of them shares the weights of the other
+            return places.superfluous(path, given)
+        lines = [places.lacking(folder, given, path if path.is_file() else None) for folder in folders]
+        return lines[0] if all(lines) else None  # which of several fits the file is known once it is opened
     except RunError as error:
         return str(error)
-    return None
 
 
 def find(name: str) -> Path:
@@ -66,15 +68,19 @@ def find(name: str) -> Path:
 
 def resolve(path: Path, parts: Parts) -> tuple[tuple[str, str], list[Path]]:
     """The family's (module, class), and the diffusers folders whose configurations may be that of `path`: itself, or a file's."""
+    given = parts.files()
     if path.is_dir():
         if parts.components:
             raise RunError(f'input "components": found {parts.components!r}, accepted beside a diffusers folder: nothing, it has its own')
-        return _family(path), [path]
+        family = _family(path)
+        _second_expert(given, [_named(path)])
+        return family, [path]
     if path.suffix != places.SUFFIX:
         raise RunError(f'input "policy": found {path}, accepted: a diffusers folder, or a {places.SUFFIX} file')
     known = [name for name in recognise.pipelines(headers.read(path), path) if name in FAMILIES]
     if not known:
         raise RunError(f'input "policy": found {path}, a file of {recognise.pipelines(headers.read(path), path)[0]}, which is not supported yet')
+    _second_expert(given, known)
     if parts.components:
         folder = places.policy(parts.components)
         if _named(folder) not in known:
@@ -84,8 +90,16 @@ def resolve(path: Path, parts: Parts) -> tuple[tuple[str, str], list[Path]]:
     if not found:
         raise RunError(f'input "policy": found {path}, a file of {" or ".join(known)}, and its configurations and tokenizers are nowhere; accepted: '
                        f"beside it a diffusers folder of that pipeline (its weights may be left out) in {places.searched(places.KINDS)}")
-    found.sort(key=lambda folder: known.index(_named(folder)))
+    found.sort(key=lambda folder: (known.index(_named(folder)), places.superfluous(folder, given) is not None))
     return _family(found[0]), found
+
+
+def _second_expert(given: dict[str, Path], known: list[str]) -> None:
+    """Raises `RunError` where a file is given for it that is of none of these pipelines."""
+    if file := given.get("transformer_2"):
+        found = recognise.pipelines(headers.read(file), file, "transformer_2")
+        if not set(found) & set(known):
+            raise RunError(f'input "transformer_2": found {file}, a file of {" or ".join(found)}, accepted: one of {" or ".join(known)}')
 
 
 def _named(folder: Path) -> str:
@@ -157,8 +171,8 @@ def load(name: str, dtype: str = "float32", parts: Parts = Parts(), prompt_cache
                 if path.is_file():
                     folders[0], components = single_file.load(path, folders, given, of, quantized)
                 else:
-                    components = {component: single_file.separate(path, component, file, of) for component, file in given.items()}
-            components |= quantization.options(quantized, set(single_file.denoisers(folders[0])) - components.keys(), of)
+                    components = {component: single_file.separate(path, component, file, of, quantized) for component, file in given.items()}
+            components |= quantization.options(quantized, set(places.denoisers(folders[0])) - components.keys(), of)
         policy = _class(*_family(folders[0])).load(name, folders[0], dtype, **components)
     policy.sources, policy.prompt_cache, policy.quantized = (path, folders[0], *given.values()), prompt_cache, quantized
     if guidance_scale_2:

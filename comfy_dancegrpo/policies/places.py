@@ -5,15 +5,22 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from .. import headers, hub
 from ..errors import RunError
 from ..workflow.host import host
+from . import recognise
 
 KINDS = ("diffusers", "checkpoints", "diffusion_models")  # model folders that are searched, in this order
+FILES = {
+    # components that a file of their own may give -> the model folders where it is
+    "vae": ("vae",), "text_encoder": ("text_encoders",), "text_encoder_2": ("text_encoders",), "text_encoder_3": ("text_encoders",),
+    "transformer_2": ("checkpoints", "diffusion_models"), "image_encoder": ("clip_vision",),
+}
+DENOISERS = ("transformer", "unet", "transformer_2")
 SUFFIX = ".safetensors"
 INDEX = "model_index.json"
 HALF = "fp16"  # the variant of weights that is published beside others, or alone
@@ -32,21 +39,19 @@ class Parts:
     text_encoder_2: str = ""
     text_encoder_3: str = ""
     components: str = ""
+    transformer_2: str = ""
+    image_encoder: str = ""
 
     def files(self) -> dict[str, Path]:
         """The given files by component. Raises `RunError` for one that is nowhere."""
-        found = {}
-        for component in ("vae", "text_encoder", "text_encoder_2", "text_encoder_3"):
-            if name := getattr(self, component):
-                found[component] = _file("vae" if component == "vae" else "text_encoders", name, component)
-        return found
+        return {component: _file(kinds, name, component) for component, kinds in FILES.items() if (name := getattr(self, component))}
 
 
-def _file(kind: str, name: str, input: str) -> Path:
-    path = host().find_model(kind, name)
-    if path is None or not path.is_file():
-        raise RunError(f'input "{input}": found {name!r}, which is in none of the folders searched ({searched([kind])})')
-    return path
+def _file(kinds: tuple[str, ...], name: str, input: str) -> Path:
+    for kind in kinds:
+        if (path := host().find_model(kind, name)) and path.is_file():
+            return path
+    raise RunError(f'input "{input}": found {name!r}, which is in none of the folders searched ({searched(kinds)})')
 
 
 def searched(kinds) -> str:
@@ -101,6 +106,42 @@ def pipeline_class(folder: Path) -> str | None:
     except (ValueError, OSError):
         return None
     return name if isinstance(name, str) else None
+
+
+def superfluous(folder: Path, given: Mapping[str, Path]) -> str | None:
+    """The line about a given part that the policy has not; None where there is none."""
+    own = components(folder)
+    return next((f'input "{name}": found {file.name!r}, and the policy has no {name}; it has {", ".join(own)}'
+                 for name, file in given.items() if name not in own), None)
+
+
+def lacking(folder: Path, given: Mapping[str, Path], file: Path | None = None) -> str | None:
+    """What no file gives of a policy, or what is given that it has not, in one line; None where nothing is. Nothing is loaded.
+
+    file: the single file that the folder is to complete; what it holds is told by the names of its tensors.
+    """
+    if line := superfluous(folder, given):
+        return line
+    names = headers.read(file) if file else ()
+    for component in components(folder):
+        held = file and (component in denoisers(folder)[:1] or recognise.holds(names, component, index(folder)[component][1]))
+        if component in given or held or (missing := weights_missing(folder, component)) is None:
+            continue
+        if file is None:
+            return f'input "policy": found {folder}, and {missing}'
+        return nowhere(file, component, missing)
+    return None
+
+
+def nowhere(file: Path, component: str, missing: str) -> str:
+    """The line about a component that is neither in the policy's file nor in a folder or a file beside it."""
+    way = f'a file at input "{component}", or those weights' if component in FILES else 'a diffusers folder with those weights at input "components"'
+    return f'input "policy": {file} holds no {component}, and {missing}; accepted: {way}'
+
+
+def denoisers(folder: Path) -> list[str]:
+    """The components that are trained through: two where a model has two experts."""
+    return [name for name in DENOISERS if name in components(folder)]
 
 
 def weights_missing(folder: Path, component: str) -> str | None:

@@ -7,6 +7,8 @@ from collections.abc import Collection
 from ..errors import RunError
 
 PREFIXES = ("model.diffusion_model.", "model.model.", "diffusion_model.", "transformer.", "unet.")  # before a denoiser's names, in files of whole models
+VAES = {"vae": ("first_stage_model.", "vae."), "audio_vae": ("audio_vae.",)}  # component -> what is before its names in files of whole models
+TEXTS = ("cond_stage_model.", "conditioner.", "text_encoders.")  # before those of text encoders
 OTHER_PARTS = ("first_stage_model.", "cond_stage_model.", "conditioner.", "text_encoders.", "vae.", "audio_vae.", "vocoder.",
                "model_ema.", "text_embedding_projection.")
 QUANTISED = ("scaled_fp8", ".scale_weight", ".weight_scale", ".comfy_quant", ".absmax", ".quant_map")  # ends of names; quantised weights come with them
@@ -47,15 +49,24 @@ def own_name(name: str, before: str) -> str | None:
     return None if name.startswith(OTHER_PARTS) else name
 
 
-def pipelines(names: Collection[str], file) -> tuple[str, ...]:
+def holds(names: Collection[str], component: str, cls: str) -> bool:
+    """Whether a file with tensors of these names, of a whole model, seems to hold a component of that class."""
+    if component.startswith("text_encoder"):
+        before = ("text_encoders.t5xxl.",) if cls == "T5EncoderModel" else TEXTS if cls.startswith("CLIP") else ()
+    else:
+        before = VAES.get(component, ())
+    return any(name.startswith(before) for name in names)
+
+
+def pipelines(names: Collection[str], file, input: str = "policy") -> tuple[str, ...]:
     """The diffusers pipelines that a file with tensors of these names may be of. Raises `RunError`, one line with what was seen."""
     if odd := next((name for name in names if name.endswith(QUANTISED)), None):
-        raise RunError(f'input "policy": found quantised weights in {file} ({odd}), accepted: weights in float32, bfloat16, float16 or plain float8')
+        raise RunError(f'input "{input}": found quantised weights in {file} ({odd}), accepted: weights in float32, bfloat16, float16 or plain float8')
     before = prefix(names)
     own = {name for name in (own_name(name, before) for name in names) if name}
     for found, marks in _FAMILIES:
         if all((mark[1:] not in own) if mark.startswith("!") else (mark in own) for mark in marks):
             return found
     seen = ", ".join(sorted(names)[:3])
-    raise RunError(f'input "policy": found {file}, of a family that is not known; seen: {len(names)} tensors, such as {seen}'
-                   if names else f'input "policy": found {file}, in which there is no tensor')
+    raise RunError(f'input "{input}": found {file}, of a family that is not known; seen: {len(names)} tensors, such as {seen}'
+                   if names else f'input "{input}": found {file}, in which there is no tensor')

@@ -19,12 +19,9 @@ from torch import Tensor
 from .. import headers
 from ..errors import RunError
 from . import places, quantization
-from .recognise import own_name, prefix
+from .recognise import TEXTS, VAES, own_name, prefix
 
-DENOISERS = ("transformer", "unet", "transformer_2")
 _SAME_LAYOUT = {"AutoencoderKLQwenImage": "AutoencoderKLWan"}  # classes that diffusers converts no file of -> one of the same layout
-_VAE_PREFIXES = ("first_stage_model.", "vae.")
-_TEXT_PREFIXES = ("cond_stage_model.", "conditioner.", "text_encoders.")
 
 
 class DoesNotFit(ValueError):
@@ -48,40 +45,38 @@ def load(file: Path, folders: list[Path], parts: dict[str, Path], dtype: torch.d
             break
     else:
         raise RunError(f'input "policy": found {file}, which fits no folder of its family ({"; ".join(reasons)})')
+    if line := places.lacking(folder, parts, file):
+        raise RunError(line)
+    modules = {name: separate(folder, name, path, dtype, quantized) for name, path in parts.items()}
     tensors = load_file(file)
-    modules = {name: separate(folder, name, path, dtype) for name, path in parts.items()}
-    modules[_denoiser(folder)] = _module(*_class_of(folder, _denoiser(folder)), _denoiser_tensors(tensors, before), dtype)
-    if quantized != quantization.NONE:
-        quantization.apply(quantized, modules[_denoiser(folder)])
+    modules[_denoiser(folder)] = _module(*_class_of(folder, _denoiser(folder)), _denoiser_tensors(tensors, before), dtype, quantized)
     for component in places.components(folder):
         if component not in modules and (found := _contained(folder, component, tensors, dtype, file)) is not None:
             modules[component] = found
     return folder, modules
 
 
-def separate(folder: Path, component: str, file: Path, dtype: torch.dtype) -> torch.nn.Module:
-    """A VAE or text encoder from a file of its own. Raises `RunError` where it is not the one that the folder configures."""
-    headers.read(file)
-    if component not in places.components(folder):
-        raise RunError(f'input "{component}": found {file.name!r}, and the policy has no {component}; it has {", ".join(places.components(folder))}')
+def separate(folder: Path, component: str, file: Path, dtype: torch.dtype, quantized: str = quantization.NONE) -> torch.nn.Module:
+    """A part from a file of its own. Raises `RunError` where it is not the one that the folder configures. quantized: of a second expert."""
+    header = headers.read(file)
+    if line := places.superfluous(folder, {component: file}):
+        raise RunError(line)
     cls, config = _class_of(folder, component)
-    tensors = {name.removeprefix(prefix): value for name, value in load_file(file).items()
-               for prefix in [next((p for p in _VAE_PREFIXES if name.startswith(p)), "")]}
+    tensors = load_file(file)
     try:
-        return _module(cls, config, tensors, dtype) if hasattr(cls, "load_config") else _text_encoder(cls, config, tensors, dtype)
+        if component in places.DENOISERS:
+            return _module(cls, config, _denoiser_tensors(tensors, prefix(header)), dtype, quantized)
+        if hasattr(cls, "load_config"):
+            return _module(cls, config, _within(tensors, VAES["vae"]) or tensors, dtype)
+        return _encoder(cls, config, tensors, dtype)
     except DoesNotFit as error:
         raise RunError(f'input "{component}": found {file}, which is not the {cls.__name__} of {config}: {error}') from None
 
 
 # -- classes and configurations ----------------------------------------------------------------------------------------------
-def denoisers(folder: Path) -> list[str]:
-    """The components that are trained through: two where a model has two experts."""
-    return [name for name in DENOISERS if name in places.components(folder)]
-
-
 def _denoiser(folder: Path) -> str:
     """The one that a file holds."""
-    return denoisers(folder)[0]
+    return places.denoisers(folder)[0]
 
 
 def _class_of(folder: Path, component: str) -> tuple[type, Path]:
@@ -97,6 +92,11 @@ def _class_of(folder: Path, component: str) -> tuple[type, Path]:
 def _empty(header: dict[str, headers.Stored]) -> dict[str, Tensor]:
     """Tensors of the file's names and shapes, without content."""
     return {name: torch.empty(stored.shape, device="meta") for name, stored in header.items()}
+
+
+def _within(tensors: dict[str, Tensor], prefixes: tuple[str, ...]) -> dict[str, Tensor]:
+    """Those whose names begin so, without it."""
+    return {name.removeprefix(p): value for name, value in tensors.items() for p in prefixes if name.startswith(p)}
 
 
 def _denoiser_tensors(tensors: dict[str, Tensor], before: str) -> dict[str, Tensor]:
@@ -129,7 +129,7 @@ def _convert(cls: type, config: Path, tensors: dict[str, Tensor]) -> dict[str, T
     return {name: tensors[name] for name in wanted}
 
 
-def _module(cls: type, config: Path, tensors: dict[str, Tensor], dtype: torch.dtype) -> torch.nn.Module:
+def _module(cls: type, config: Path, tensors: dict[str, Tensor], dtype: torch.dtype, quantized: str = quantization.NONE) -> torch.nn.Module:
     converted = _convert(cls, config, tensors)
     with init_empty_weights():
         module = cls.from_config(cls.load_config(config, local_files_only=True))
@@ -137,11 +137,13 @@ def _module(cls: type, config: Path, tensors: dict[str, Tensor], dtype: torch.dt
     of = {name: torch.float32 if set(name.split(".")) & set(exact) else dtype for name in converted}
     module.load_state_dict({name: value.to(of[name]).contiguous() if value.is_floating_point() else value
                             for name, value in converted.items()}, assign=True)
+    if quantized != quantization.NONE:
+        quantization.apply(quantized, module)
     return module.eval()
 
 
-# -- text encoders -----------------------------------------------------------------------------------------------------------
-def _text_encoder(cls: type, config: Path, tensors: dict[str, Tensor], dtype: torch.dtype) -> torch.nn.Module:
+# -- encoders of texts and pictures ------------------------------------------------------------------------------------------
+def _encoder(cls: type, config: Path, tensors: dict[str, Tensor], dtype: torch.dtype) -> torch.nn.Module:
     """By transformers' own loader, which knows the names that its versions gave a model."""
     configured = cls.config_class.from_pretrained(config, local_files_only=True)
     try:
@@ -158,13 +160,13 @@ def _text_encoder(cls: type, config: Path, tensors: dict[str, Tensor], dtype: to
 
 def _contained(folder: Path, component: str, tensors: dict[str, Tensor], dtype: torch.dtype, file: Path) -> torch.nn.Module | None:
     """A component that a whole checkpoint holds too; None where its weights are the folder's. Raises `RunError` where they are nowhere."""
-    if component == "vae" and (own := {name.removeprefix(p): value for name, value in tensors.items() for p in _VAE_PREFIXES if name.startswith(p)}):
+    if own := _within(tensors, VAES.get(component, ())):
         cls, config = _class_of(folder, component)
         try:
             return _module(cls, config, own, dtype)
         except DoesNotFit as error:
-            raise RunError(f'input "policy": the VAE in {file} is not that of {config}: {error}') from None
-    if component.startswith("text_encoder") and any(name.startswith(_TEXT_PREFIXES) for name in tensors):
+            raise RunError(f'input "policy": the {component} in {file} is not that of {config}: {error}') from None
+    if component.startswith("text_encoder") and any(name.startswith(TEXTS) for name in tensors):
         cls, _ = _class_of(folder, component)
         known = {"checkpoint": tensors, "subfolder": component, "config": str(folder), "torch_dtype": dtype, "local_files_only": True}
         if single_file_utils.is_clip_model_in_single_file(cls, tensors):
@@ -172,7 +174,7 @@ def _contained(folder: Path, component: str, tensors: dict[str, Tensor], dtype: 
         if cls.__name__ == "T5EncoderModel" and single_file_utils.is_t5_in_single_file(tensors):
             return _whole(single_file_utils.create_diffusers_t5_model_from_checkpoint(cls, **known), component, file)
     if missing := places.weights_missing(folder, component):
-        raise RunError(f'input "policy": {file} holds no {component}, and {missing}; accepted: a file at input "{component}", or those weights')
+        raise RunError(places.nowhere(file, component, missing))
     return None
 
 
