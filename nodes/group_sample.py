@@ -91,6 +91,6 @@ class GroupSample:
             conditioning = policy.encode(prompts.prompts, size)
             request = replace(request, micro_batch=policy.micro_batch(Work(request, plan), conditioning))
             rollout = sample(family, request, conditioning, plan, policy.learner.version, tick=tick, hand=early.add)
-        rollout = replace(rollout, early=early, history=policy.learner.history)
+        rollout = replace(rollout, early=early, history=policy.learner.history, over_the_run=policy.over_the_run)
         pictures = rollout.every_picture  # None where only the first process has them: what shows or measures them runs there
         return rollout, [pictures] if pictures is None or pictures.ndim == 4 else list(pictures)

@@ -102,6 +102,9 @@ def test_ranks_are_free_of_units_and_outliers():
     (Advantage, {"best_of": 3}, 'input "best_of": found 3, accepted: 0 (all), or an even number up to the size of a group'),
     (Advantage, {"best_of": -2}, 'input "best_of": found -2, accepted: 0 (all), or an even number up to the size of a group'),
     (Advantage, {"best_of": 8}, True), (Advantage, {"best_of": None}, True), (Advantage, {}, True),
+    (Advantage, {"best_of_end": 3}, 'input "best_of_end": found 3, accepted: -1 (best_of stays), 0 (all), or an even number up to the size of a group'),
+    (Advantage, {"best_of_end": -2}, 'input "best_of_end": found -2, accepted: -1 (best_of stays), 0 (all), or an even number up to the size of a group'),
+    *((Advantage, {"best_of_end": end}, True) for end in (-1, 0, 8, None)),
 ])
 def test_what_is_wrong_before_anything_is_loaded(cls, inputs, verdict):
     assert cls.VALIDATE_INPUTS(**inputs) == verdict
@@ -162,7 +165,7 @@ def test_a_run_from_before_the_inputs_were_there_is_the_same_run(cli, loop_only,
     for name in ("combine", "best_of"):
         loop_only["7"]["inputs"].pop(name, None)
     assert cli("run", saved(loop_only), "--output", tmp_path, *tiny_loop).status == 0
-    loop_only["7"]["inputs"] |= {"best_of": 0, "combine": "normalise each, then sum"}
+    loop_only["7"]["inputs"] |= {"best_of": 0, "best_of_end": -1, "combine": "normalise each, then sum"}
     done = cli("run", saved(loop_only), "--output", tmp_path, *tiny_loop)
     assert done.status == 0 and "is finished and unchanged; nothing is trained" in "\n".join(done.err)
     loop_only["7"]["inputs"]["best_of"] = 2

@@ -26,7 +26,7 @@ RECORDED = {
     "DanceGRPOJudgeReward": ("address model question low high connections timeout retries", "frames reference name", "DANCEGRPO_REWARD"),
     "DanceGRPOScoresFromNumbers": ("rollout numbers name weight", "scores", "DANCEGRPO_SCORES"),
     "DanceGRPOAdjustScores": ("scores operation threshold low high column", "", "DANCEGRPO_SCORES"),
-    "DanceGRPOAdvantage": ("scores clamp", "combine best_of estimator min_advantage", "DANCEGRPO_ADVANTAGES"),
+    "DanceGRPOAdvantage": ("scores clamp", "combine best_of estimator min_advantage best_of_end", "DANCEGRPO_ADVANTAGES"),
     "DanceGRPOSample": ("policy prompts steps guidance_scale width height frames noise_seed samples_per_prompt", "lora", "IMAGE"),
     "DanceGRPOUpdate": ("policy advantages clip_range train_fraction optimizer_steps max_grad_norm", "max_skipped_steps objective clip_range_high kl_weight nft_beta", "DANCEGRPO_UPDATE"),
     "DanceGRPOLoopEnd": ("update", "", "DANCEGRPO_LORA DANCEGRPO_RUN"),

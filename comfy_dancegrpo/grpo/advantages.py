@@ -47,16 +47,34 @@ def best_and_worst(values: Tensor, groups: Tensor, indices: Tensor, count: int) 
     Among equal values a later place in the group (`indices` [N] int64) counts as larger, so the order of the rows does not matter.
 
     Raises:
-        ValueError: count is odd, below 2, or more than the members of a group.
+        ValueError: count is odd, below 0, or more than the members of a group.
     """
     chosen, parts = torch.zeros(len(values), dtype=torch.bool), list(members(groups))
-    smallest = min(map(len, parts))
-    if count < 2 or count % 2 or count > smallest:
-        raise ValueError(f'input "best_of": found {count}, accepted: 0 (all), or an even number up to the {smallest} of a group')
+    _check("best_of", count, min(map(len, parts)))
     for rows in parts:
         ascending = torch.tensor(sorted(rows.tolist(), key=lambda row: (values[row].item(), indices[row].item())))
         chosen[ascending[:count // 2]] = chosen[ascending[len(rows) - count // 2:]] = True
     return chosen
+
+
+def best_of_now(rollout: Rollout, best_of: int, end: int) -> int:
+    """How many of each group are trained in this iteration, where that moves over the run from `best_of` to `end`: the nearest even number, of two the
+    larger; 0 is all of a group, and what comes near to that is all too.
+
+    Raises:
+        ValueError: one of the two is odd, below 0, or more than the members of a group.
+    """
+    smallest = min(map(len, members(rollout.groups.cpu())))
+    _check("best_of", best_of, smallest)
+    _check("best_of_end", end, smallest, "-1 (best_of stays), ")
+    now = rollout.over_the_run("best_of_end", best_of or smallest, end or smallest)
+    even = 2 * int(now / 2 + 0.5 + 1e-9)  # equal steps may come to 6.999...
+    return even if even < smallest else 0
+
+
+def _check(input: str, count: int, smallest: int, also: str = "") -> None:
+    if count < 0 or count % 2 or count > smallest:
+        raise ValueError(f'input "{input}": found {count}, accepted: {also}0 (all), or an even number up to the {smallest} of a group')
 
 
 def combine(scores: Scores, clamp: float = 5.0, combination: str = NORMALISE_FIRST, best_of: int = 0, estimator: str = GROUP,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -143,6 +143,7 @@ class Rollout:
     iteration: from 0.
     early: the scores that rewards gave while it was drawn (`rewards.early.Early`), where there are such.
     history: of each reward, what an estimator of advantages remembers of former iterations (`estimators.REMEMBERING`).
+    over_the_run: of (input, start, end), where this iteration is between them (`LivePolicy.over_the_run`); outside a run at the start.
     """
 
     prompts: tuple[str, ...]
@@ -167,6 +168,7 @@ class Rollout:
     seconds: dict[str, float] = field(default_factory=dict, compare=False)
     early: Any = field(default=None, compare=False, repr=False)
     history: Mapping[str, dict[str, list[float]]] = field(default_factory=dict, compare=False, repr=False)
+    over_the_run: Callable[[str, float, float], float] = field(default=lambda input, start, end: start, compare=False, repr=False)
 
     @property
     def size(self) -> int:
