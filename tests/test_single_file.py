@@ -124,6 +124,34 @@ def test_a_whole_stable_diffusion_checkpoint_needs_no_weights_beside_it(models):
     assert_same_weights(policies.load("v1.safetensors"), pipeline)
 
 
+def test_a_whole_ltx_2_checkpoint_needs_but_a_text_encoder_beside_it(models):
+    pipeline = ltx2.ltx2()
+    folder = models / "diffusers" / "ltx-2"
+    pipeline.save_pretrained(folder)
+    (models / "text_encoders").mkdir()
+    shutil.move(folder / "text_encoder" / "model.safetensors", models / "text_encoders" / "gemma.safetensors")
+    for component in ("transformer", "vae", "audio_vae", "vocoder", "connectors"):
+        shutil.move(folder / component / "diffusion_pytorch_model.safetensors", models / f"{component}.safetensors")
+    whole = native.ltx2(pipeline)
+    write(whole, models / "checkpoints" / "whole.safetensors")
+    parts = Parts(text_encoder="gemma.safetensors")
+    assert "holds no text_encoder, and" in policies.problem("whole.safetensors") and policies.problem("whole.safetensors", parts) is None
+    assert_same_weights(policies.load("whole.safetensors", parts=parts), pipeline)
+
+    lacking = {name: value for name, value in whole.items() if not name.startswith("vocoder.")}
+    write(lacking, models / "checkpoints" / "silent.safetensors")
+    line = policies.problem("silent.safetensors", parts)
+    assert line == (f'input "policy": {models / "checkpoints" / "silent.safetensors"} holds no vocoder, and {folder / "vocoder"} has no .safetensors file; '
+                    'accepted: a diffusers folder with those weights at input "components"')
+    assert inputs_named(line) <= {*LOAD_POLICY.INPUT_TYPES()["required"], *LOAD_POLICY.INPUT_TYPES()["optional"]}
+
+    write(lacking | {"vocoder.of.another.version": torch.zeros(2)}, models / "checkpoints" / "newer.safetensors")
+    with pytest.raises(RunError, match=r'^input "policy": the vocoder in .*newer.safetensors is not that of .*vocoder: '):
+        policies.load("newer.safetensors", parts=parts)
+    shutil.move(models / "vocoder.safetensors", folder / "vocoder" / "diffusion_pytorch_model.safetensors")
+    assert_same_weights(policies.load("newer.safetensors", parts=parts), pipeline)
+
+
 def test_a_file_in_diffusers_names_and_half_precision(models):
     folder = flux(models / "diffusers" / "flux")
     tensors = load_file(folder / "transformer" / "diffusion_pytorch_model.safetensors")

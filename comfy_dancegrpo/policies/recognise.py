@@ -7,7 +7,10 @@ from collections.abc import Collection
 from ..errors import RunError
 
 PREFIXES = ("model.diffusion_model.", "model.model.", "diffusion_model.", "transformer.", "unet.")  # before a denoiser's names, in files of whole models
-VAES = {"vae": ("first_stage_model.", "vae."), "audio_vae": ("audio_vae.",)}  # component -> what is before its names in files of whole models
+HELD = {
+    # component -> what is before its names in files of whole models
+    "vae": ("first_stage_model.", "vae."), "audio_vae": ("audio_vae.",), "vocoder": ("vocoder.",), "connectors": ("text_embedding_projection.",),
+}
 TEXTS = ("cond_stage_model.", "conditioner.", "text_encoders.")  # before those of text encoders
 OTHER_PARTS = ("first_stage_model.", "cond_stage_model.", "conditioner.", "text_encoders.", "vae.", "audio_vae.", "vocoder.",
                "model_ema.", "text_embedding_projection.")
@@ -54,7 +57,7 @@ def holds(names: Collection[str], component: str, cls: str) -> bool:
     if component.startswith("text_encoder"):
         before = ("text_encoders.t5xxl.",) if cls == "T5EncoderModel" else TEXTS if cls.startswith("CLIP") else ()
     else:
-        before = VAES.get(component, ())
+        before = HELD.get(component, ())
     return any(name.startswith(before) for name in names)
 
 

@@ -7,6 +7,7 @@ diffusers' by its own converters (`diffusers.loaders.single_file_utils`), tried 
 from __future__ import annotations
 
 import importlib
+import re
 from pathlib import Path
 
 import torch
@@ -18,10 +19,18 @@ from torch import Tensor
 
 from .. import headers
 from ..errors import RunError
+from ..workflow.host import host
 from . import places, quantization
-from .recognise import TEXTS, VAES, own_name, prefix
+from .recognise import HELD, TEXTS, own_name, prefix
 
 _SAME_LAYOUT = {"AutoencoderKLQwenImage": "AutoencoderKLWan"}  # classes that diffusers converts no file of -> one of the same layout
+_LTX2 = {
+    # its components of which diffusers converts no file -> their names in a whole checkpoint, and in diffusers' modules what of these
+    "vocoder": (r"vocoder\.(.+)", ((r"^ups\.", "upsamplers."), (r"^resblocks\.", "resnets."), (r"^conv_pre\.", "conv_in."), (r"^conv_post\.", "conv_out."))),
+    "connectors": (r"(?:model\.diffusion_model\.)?((?:text_embedding_projection|(?:video|audio)_embeddings_connector)\..+)", (
+        (r"^text_embedding_projection\.aggregate_embed\.", "text_proj_in."), (r"^(video|audio)_embeddings_connector\.", r"\1_connector."),
+        (r"\.transformer_1d_blocks\.", ".transformer_blocks."), (r"\.([qk])_norm\.", r".norm_\1."))),
+}
 
 
 class DoesNotFit(ValueError):
@@ -67,7 +76,7 @@ def separate(folder: Path, component: str, file: Path, dtype: torch.dtype, quant
         if component in places.DENOISERS:
             return _module(cls, config, _denoiser_tensors(tensors, prefix(header)), dtype, quantized)
         if hasattr(cls, "load_config"):
-            return _module(cls, config, _within(tensors, VAES["vae"]) or tensors, dtype)
+            return _module(cls, config, _within(tensors, HELD["vae"]) or tensors, dtype)
         return _encoder(cls, config, tensors, dtype)
     except DoesNotFit as error:
         raise RunError(f'input "{component}": found {file}, which is not the {cls.__name__} of {config}: {error}') from None
@@ -85,7 +94,8 @@ def _class_of(folder: Path, component: str) -> tuple[type, Path]:
     config = folder / component
     if not (config / "config.json").is_file():
         raise RunError(f'input "components": {folder} has no {component}/config.json')
-    return getattr(importlib.import_module(library), name), config
+    module = library if library in ("diffusers", "transformers") else f"diffusers.pipelines.{library}"
+    return getattr(importlib.import_module(module), name), config
 
 
 # -- modules of diffusers ----------------------------------------------------------------------------------------------------
@@ -97,6 +107,19 @@ def _empty(header: dict[str, headers.Stored]) -> dict[str, Tensor]:
 def _within(tensors: dict[str, Tensor], prefixes: tuple[str, ...]) -> dict[str, Tensor]:
     """Those whose names begin so, without it."""
     return {name.removeprefix(p): value for name, value in tensors.items() for p in prefixes if name.startswith(p)}
+
+
+def _of_ltx2(component: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A component's of `_LTX2` among those of a whole checkpoint, in diffusers' names."""
+    of, pairs = _LTX2[component]
+    found = {}
+    for name, value in tensors.items():
+        if match := re.fullmatch(of, name):
+            own = match[1]
+            for pattern, new in pairs:
+                own = re.sub(pattern, new, own)
+            found[own] = value
+    return found
 
 
 def _denoiser_tensors(tensors: dict[str, Tensor], before: str) -> dict[str, Tensor]:
@@ -160,11 +183,14 @@ def _encoder(cls: type, config: Path, tensors: dict[str, Tensor], dtype: torch.d
 
 def _contained(folder: Path, component: str, tensors: dict[str, Tensor], dtype: torch.dtype, file: Path) -> torch.nn.Module | None:
     """A component that a whole checkpoint holds too; None where its weights are the folder's. Raises `RunError` where they are nowhere."""
-    if own := _within(tensors, VAES.get(component, ())):
+    if own := _of_ltx2(component, tensors) if component in _LTX2 else _within(tensors, HELD.get(component, ())):
         cls, config = _class_of(folder, component)
         try:
             return _module(cls, config, own, dtype)
         except DoesNotFit as error:
+            if component != "vae" and not places.weights_missing(folder, component):
+                host().say(f"the {component} in {file} is in no layout that is known ({error}); that of {folder} is taken")
+                return None
             raise RunError(f'input "policy": the {component} in {file} is not that of {config}: {error}') from None
     if component.startswith("text_encoder") and any(name.startswith(TEXTS) for name in tensors):
         cls, _ = _class_of(folder, component)

@@ -33,6 +33,30 @@ def ltx(tensors) -> dict:
                    "model.diffusion_model.")
 
 
+def ltx2(pipeline) -> dict:
+    """A whole checkpoint: all but the text encoder."""
+    transformer = renamed(pipeline.transformer.state_dict(), [
+        (r"^(audio_)?proj_in\.", r"\1patchify_proj."), (r"^(audio_)?time_embed\.", r"\1adaln_single."),
+        (r"^av_cross_attn_(video|audio)_scale_shift\.", r"av_ca_\1_scale_shift_adaln_single."),
+        (r"^av_cross_attn_(?:video|audio)_(a2v|v2a)_gate\.", r"av_ca_\1_gate_adaln_single."),
+        (r"\.(video|audio)_a2v_cross_attn_scale_shift_table$", r".scale_shift_table_a2v_ca_\1"), (r"\.norm_([qk])\.", r".\1_norm.")],
+        "model.diffusion_model.")
+    connectors = renamed(pipeline.connectors.state_dict(), [
+        (r"^text_proj_in\.", "text_embedding_projection.aggregate_embed."), (r"^(video|audio)_connector\.", r"model.diffusion_model.\1_embeddings_connector."),
+        (r"\.transformer_blocks\.", ".transformer_1d_blocks."), (r"\.norm_([qk])\.", r".\1_norm.")])
+    statistics = [(r"^latents_mean$", "per_channel_statistics.mean-of-means"), (r"^latents_std$", "per_channel_statistics.std-of-means")]
+    vae = renamed(pipeline.vae.state_dict(), [
+        *((rf"^encoder\.down_blocks\.{i}\.{part}", f"encoder.down_blocks:{2 * i + more}.{new}") for i in range(4)
+          for part, more, new in (("resnets", 0, "resnets"), (r"downsamplers\.0\.", 1, ""))),
+        *((rf"^decoder\.up_blocks\.{i}\.{part}", f"decoder.up_blocks:{2 * i + more}.{new}") for i in range(3)
+          for part, more, new in (("resnets", 2, "resnets"), (r"upsamplers\.0\.", 1, ""))),
+        (r"_blocks:", "_blocks."), (r"^encoder\.mid_block", "encoder.down_blocks.8"), (r"^decoder\.mid_block", "decoder.up_blocks.0"),
+        ("resnets", "res_blocks"), *statistics], "vae.")
+    vocoder = renamed(pipeline.vocoder.state_dict(), [
+        (r"^upsamplers\.", "ups."), (r"^resnets\.", "resblocks."), (r"^conv_in\.", "conv_pre."), (r"^conv_out\.", "conv_post.")], "vocoder.")
+    return transformer | connectors | vae | renamed(pipeline.audio_vae.state_dict(), statistics, "audio_vae.") | vocoder
+
+
 def z_image(tensors) -> dict:
     fused = {}
     for name, value in tensors.items():
