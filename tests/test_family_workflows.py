@@ -121,6 +121,30 @@ def test_it_runs_from_end_to_end(found, cli, tmp_path):
     assert drawn == ({".mp4"} if tool.FAMILIES[found.name].size[2] > 1 else {".png"})
 
 
+def test_wan_22_is_validated_trained_and_drawn_with_from_a_file_for_each_expert(cli, tmp_path):
+    """Of the workflow nothing but the values of Load Policy is another."""
+    here, models, path = TINY["wan22"], tmp_path / "models", ROOT / "workflows" / "wan22.json"
+    folder = models / "diffusers" / "rest"
+    here.build().save_pretrained(folder)
+    shutil.copytree(REWARD, models / "reward_models" / tool.REWARD)
+    (models / "diffusion_models").mkdir()
+    for component, name in (("transformer", "high"), ("transformer_2", "low")):
+        shutil.move(folder / component / "diffusion_pytorch_model.safetensors", models / "diffusion_models" / f"{name}.safetensors")
+    where = ("--models", models, "--output", tmp_path)
+    one = ("--set", "Load Policy.policy=high.safetensors")
+    lacks = cli("validate", path, *where, *one)
+    assert lacks.status == 2 and lacks.verdict[0].endswith('; accepted: a file at input "transformer_2", or those weights'), lacks.err
+    both = (*one, "--set", "Load Policy.transformer_2=low.safetensors")
+    assert cli("validate", path, *where, *both).status == 0
+    done = cli("run", path, *where, *both, "--iterations", "1", *small(Found("wan22", path, models, here)))
+    assert done.status == 0, done.err
+    assert json.loads((tmp_path / "wan22" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])["ratio_deviation"] == 0.0
+    assert {file.stem for file in (tmp_path / "wan22" / "lora").glob("*.safetensors")} == {"wan22_high_noise", "wan22_low_noise"}
+    drawn = cli("sample", "--policy", "high.safetensors", "--transformer-2", "low.safetensors", *where, "--prompt", "x", "--width", here.size.width,
+                "--height", here.size.height, "--frames", here.size.frames, "--steps", 2)
+    assert drawn.status == 0 and Path(drawn.out[0]).suffix == ".mp4", drawn.err
+
+
 @pytest.mark.parametrize("files", sorted({family.prompt_file for family in tool.FAMILIES.values()}))
 def test_no_prompt_is_held_out_and_trained_on(files):
     from comfy_dancegrpo import prompts
