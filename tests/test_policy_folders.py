@@ -69,6 +69,15 @@ def test_a_component_that_is_no_library_and_class(value, folder):
     refused(f"in {folder / 'model_index.json'}")
 
 
+def test_a_folder_saved_without_a_part_that_its_pipeline_needs(folder):
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps({**index, "text_encoder": [None, None], "tokenizer": [None, None]}))
+    with pytest.raises(RunError) as found:
+        policies.load("sd")
+    assert str(found.value) == (f'input "policy": found {folder / "model_index.json"} without text_encoder, tokenizer, '
+                                "accepted: a diffusers folder with all parts of its pipeline")
+
+
 @pytest.mark.parametrize("shards", ["1GB", "20KB"])
 def test_weights_in_the_half_precision_variant_alone_are_loaded(shards, folder, tmp_path):
     """All of one component, and in one or several files; the others are there in full."""

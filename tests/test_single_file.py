@@ -15,7 +15,7 @@ import tiny
 from comfy_dancegrpo import nodes, policies
 from comfy_dancegrpo.embedded import POLICY
 from comfy_dancegrpo.errors import RunError
-from comfy_dancegrpo.policies import recognise
+from comfy_dancegrpo.policies import quantization, recognise
 from comfy_dancegrpo.policies.places import Parts
 from comfy_dancegrpo.workflow.host import Host, use
 from families import ltx, ltx2, qwen_image, stable_diffusion, wan, z_image
@@ -244,6 +244,16 @@ def test_both_experts_come_from_a_file_each(models, a14b):
     a14b.transformer.save_pretrained(models / "diffusers" / "wan-2.2" / "transformer")
     assert "transformer_2 has no .safetensors file" in policies.problem("wan-2.2")
     assert_same_weights(policies.load("wan-2.2", parts=Parts(transformer_2=names[1])), a14b)  # a folder takes it alike
+
+
+def test_both_experts_are_quantised_each_as_it_is_opened(models, a14b, monkeypatch):
+    """By a stand-in for the package that quantises."""
+    done = []
+    monkeypatch.setattr(quantization, "problem", lambda name: None)
+    monkeypatch.setattr(quantization, "apply", lambda name, module: done.append((name, module)))
+    policy = policies.load("wan/high.safetensors", parts=Parts(transformer_2="wan/low.safetensors"), quantized="int8 (torchao)")
+    assert {id(module) for _, module in done} == {id(module) for module in policy.denoisers.values()} and {name for name, _ in done} == {"int8 (torchao)"}
+    assert len(done) == 2
 
 
 def test_an_expert_that_no_file_gives_is_told_before_any_is_opened(models, a14b, monkeypatch):

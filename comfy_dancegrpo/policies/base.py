@@ -63,11 +63,17 @@ class Policy(abc.ABC):
 
     @classmethod
     def load(cls, name: str, folder: Path, dtype: str, **components) -> Policy:
-        """From a diffusers folder; safetensors only, nothing is downloaded. components: take the place of the folder's own."""
+        """From a diffusers folder; safetensors only, nothing is downloaded. components: take the place of the folder's own.
+
+        Raises `RunError` for a folder that was saved without a part that its pipeline cannot do without.
+        """
         with processes.outside_inference_mode():
             torch_dtype = getattr(torch, dtype)
             without = dict.fromkeys(set(cls.may_lack) - set(places.components(folder)))
             options = cls.load_options | without | embedded.shared(folder, torch_dtype) | components
+            needed = set(cls.pipeline_class._get_signature_keys(cls.pipeline_class)[0]) - set(cls.pipeline_class._optional_components)
+            if lacking := sorted(needed - options.keys() - set(places.components(folder))):
+                raise RunError(f'input "policy": found {folder / places.INDEX} without {", ".join(lacking)}, accepted: a diffusers folder with all parts of its pipeline')
             pipeline = from_folder(cls.pipeline_class, folder, torch_dtype, variant=places.variant(folder, options), **options)
             pipeline.set_progress_bar_config(disable=True)
             policy = cls(name, pipeline, torch_dtype)
