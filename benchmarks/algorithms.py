@@ -221,7 +221,7 @@ def draw(made: Sequence[Made], path: Path) -> None:
                                   markeredgewidth=2, fmt="x" if collapsed(run, what) else "o")
                 of_seeds = mean(run[what]["gain"] for run in runs)
                 axes.plot([middle - 0.11, middle + 0.11], [of_seeds, of_seeds], color=colour, linewidth=2.2, label=None if name != names[0] else f"{prompts} prompts")
-            axes.set_xticks(range(len(names)), names, rotation=20)
+            axes.set_xticks(range(len(names)), names, rotation=30, ha="right")
             axes.set(title=f"{policy}: {title}", ylabel="gain on the validation captions (x: collapsed)")
         row[0].legend()
     FigureCanvasAgg(figure)
